@@ -1,0 +1,137 @@
+"""What LF-ViT and CF-ViT share: a half-resolution stage, then a stage that refines the patches that matter.
+
+CF-ViT (Chen et al. 2023, arXiv 2203.03821) and LF-ViT (Hu et al. 2024, arXiv 2402.00033). Grid side g of the first
+stage, 2g of the second; both stages use the same blocks, norm and head.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from models.selection import refine, take
+from models.vit import AdaptiveViT, StageOutput
+
+
+class TwoStageViT(AdaptiveViT):
+    """Plain ViT, except:
+
+    - two position embeddings, one per stage, over the g x g and the 2g x 2g grid;
+    - stage 0 sees the image at half resolution and also returns its class attention: an exponential moving average
+      over the blocks (CF-ViT, section 3.3, global class attention);
+    - stage 1 sees the four children of the patches that `select` refines, the other coarse patches as stage 0 embedded
+      them, and for every refined patch what stage 0 made of it (CF-ViT, section 3.4, feature reuse).
+
+    Args:
+        stage_size: g; the full image is 2 * patch_size * g pixels wide.
+        beta: decay of the moving average of the class attention.
+        first_attention: first block (0-based) of that average; the early blocks attend to everything.
+        select_from_epoch: before this epoch stage 1 trains on all 2g x 2g patches. Evaluation always selects.
+        coarse_only_epochs: until this epoch stage 0 alone is trained, on the plain criterion.
+    """
+
+    num_exits = 2
+
+    def __init__(
+        self,
+        stage_size: int = 7,
+        beta: float = 0.99,
+        first_attention: int | None = None,
+        select_from_epoch: float = 0,
+        coarse_only_epochs: float = 0,
+        patch_size: int = 16,
+        **vit,
+    ):
+        if stage_size < 1:
+            raise ValueError(f"stage size is {stage_size}: take a grid of at least one patch a side")
+        self.stage_size = stage_size  # read by make_pos_embed, which the base constructor calls
+        super().__init__(img_size=2 * patch_size * stage_size, patch_size=patch_size, **vit)
+        self.beta = beta
+        # The first quarter of the blocks is left out: 3 of 12, as published (3 of 16 for LV-ViT).
+        self.first_attention = min(3, len(self.blocks) // 4) if first_attention is None else first_attention
+        self.select_from_epoch, self.coarse_only_epochs = select_from_epoch, coarse_only_epochs
+        self.varying_graph = coarse_only_epochs > 0
+        self.selecting, self.coarse_only = True, False
+        hidden = self.blocks[0].mlp.fc1.out_features
+        self.reuse_block = nn.Sequential(self.norm_layer(self.embed_dim), Mlp(self.embed_dim, hidden))
+
+    def make_pos_embed(self) -> None:
+        sizes = [self.stage_size**2 + 1, 4 * self.stage_size**2 + 1]
+        self.pos_embed_list = nn.ParameterList(torch.zeros(1, n, self.embed_dim) for n in sizes)
+
+    def set_epoch(self, epoch: float) -> None:
+        self.selecting = epoch >= self.select_from_epoch
+        self.coarse_only = epoch < self.coarse_only_epochs
+
+    def select(self, cls_attn: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Splits the coarse patches by their class attention [B,g*g].
+
+        Returns:
+            Patches to refine [B,k], patches that stay coarse [B,g*g-k], and what pictures may want to know.
+        """
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> list[StageOutput]:
+        if self.training and self.coarse_only:
+            return [self.stage(0, images, {})]
+        return super().forward(images)
+
+    def stage(self, k: int, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:
+        self.check_images(images)
+        return self.coarse(images) if k == 0 else self.fine(images, prev)
+
+    def coarse(self, images: Tensor) -> StageOutput:
+        """Stage 0. Its info: `cls_attn` [B,P], `embedded` and `features` [B,P,C], P = g*g."""
+        half = self.stage_size * self.patch_size
+        # align_corners is part of the published weights: they were trained on this very resize.
+        patches = self.patch_embed(F.interpolate(images, (half, half), mode="bilinear", align_corners=True))
+        embedded = self.with_class_token(patches + self.pos_embed_list[0][:, 1:], 0)
+        x, cls_attn = embedded, torch.zeros((), device=images.device)
+        for i, block in enumerate(self.blocks):
+            x, row = block.attend(x, need="cls" if i >= self.first_attention else None)
+            x = block.feed(x)
+            if row is not None:  # the average of rows is the row of the averaged maps
+                cls_attn = self.beta * cls_attn + (1 - self.beta) * row
+        x = self.norm(x)
+        info = {"cls_attn": cls_attn, "embedded": embedded[:, 1:], "features": x[:, 1:]}
+        return StageOutput(self.head(x[:, 0]), info)
+
+    def fine(self, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:
+        """Stage 1. Its info: `kept` [B,4k], the refined patches on the 2g x 2g grid, and what `select` adds."""
+        if self.training and not self.selecting:
+            every = torch.arange(self.stage_size**2, device=images.device).expand(len(images), -1)
+            refined, rest, extra = every, every[:, :0], {}
+        else:
+            refined, rest, extra = self.select(prev["cls_attn"])
+        kept = refine(refined, self.stage_size)
+        reused = self.reuse_block(take(prev["features"], refined)).repeat(1, 4, 1)  # a child inherits its parent's
+        x = self.embed_patches(images, kept) + reused + take(self.pos_embed_list[1][:, 1:], kept)
+        x = torch.cat([self.with_class_token(x, 1), take(prev["embedded"], rest)], dim=1)  # [B,1+4k+g*g-k,C]
+        for block in self.blocks:
+            x = block(x)
+        return StageOutput(self.head(self.norm(x[:, 0])), {"kept": kept, **extra})
+
+    def with_class_token(self, patches: Tensor, k: int) -> Tensor:
+        token = self.cls_token + self.pos_embed_list[k][:, :1]
+        return torch.cat([token.expand(len(patches), -1, -1), patches], dim=1)
+
+    def embed_patches(self, images: Tensor, index: Tensor) -> Tensor:
+        """Embeds patches `index` [B,n] of the full image only, as [B,n,C]."""
+        side, p = 2 * self.stage_size, self.patch_size
+        grid = images.unflatten(3, (side, p)).unflatten(2, (side, p)).permute(0, 2, 4, 1, 3, 5)  # [B,2g,2g,3,p,p]
+        rows = torch.arange(len(images), device=images.device)[:, None]
+        pixels = grid[rows, index // side, index % side].flatten(2)  # [B,n,3*p*p]
+        proj = self.patch_embed.proj
+        return F.linear(pixels, proj.weight.flatten(1), proj.bias)
+
+    def loss(
+        self, outputs: list[StageOutput], target: Tensor, criterion: Callable[[Tensor, Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """Stage 1 learns from the target and stage 0 from stage 1 (CF-ViT, section 3.5)."""
+        if len(outputs) == 1:
+            return {"coarse_ce": criterion(outputs[0].logits, target)}
+        first, last = (out.logits.float().log_softmax(dim=-1) for out in outputs)
+        distil = F.kl_div(first, last.detach(), log_target=True, reduction="batchmean")
+        return {"fine_ce": criterion(outputs[1].logits, target), "coarse_kl": distil}

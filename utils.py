@@ -1,0 +1,352 @@
+"""Distributed set-up, checkpoints, results, logging and the command line's common parts. Nothing here knows a method."""
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, safe_open
+from timm.utils import init_distributed_device_so
+from torch import Tensor, nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+log = logging.getLogger("adaptive-vit")
+
+
+# Command line
+
+
+class MainError(Exception):
+    """A command's own failure: one line, exit code 1."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a command; bad input becomes one line on stderr and exit code 2, a failure of its own exit code 1."""
+    name = Path(sys.argv[0]).name
+    try:
+        with logging_redirect_tqdm([log]):
+            main()
+    except (ValueError, OSError) as error:
+        # A data loader's worker hands its exception on as a traceback: the last line says what happened.
+        text = str(error).strip()
+        line = text.splitlines()[-1].split("Error: ", 1)[-1] if "Original Traceback" in text else " ".join(text.split())
+        print(f"{name}: error: {line}", file=sys.stderr)
+        sys.exit(2)
+    except MainError as error:
+        print(f"{name}: failed: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+MODEL_FLAGS = {
+    "--location-stage-size": (int, "LF-ViT: side of the location grid in patches (7 or 9)"),
+    "--region-size": (int, "LF-ViT: side of the region in location patches"),
+    "--alpha": (float, "share of the patches (LF-ViT: of the region's patches) that are refined"),
+}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --model and everything that changes how a model is built."""
+    parser.add_argument("--model", metavar="NAME", help="registered model; default: the one the checkpoint names")
+    for flag, (kind, text) in MODEL_FLAGS.items():
+        parser.add_argument(flag, type=kind, help=text)
+    parser.add_argument(
+        "--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="further constructor arguments of the model"
+    )
+
+
+def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Constructor arguments that were given on the command line."""
+    names = [flag.lstrip("-").replace("-", "_") for flag in MODEL_FLAGS]
+    kwargs = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    for pair in args.model_kwargs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--model-kwargs takes KEY=VALUE, not {pair!r}")
+        try:
+            kwargs[key] = json.loads(value)
+        except json.JSONDecodeError:
+            kwargs[key] = value
+    return kwargs
+
+
+def create_model(name: str | None, kwargs: dict[str, Any]) -> nn.Module:
+    """timm.create_model, with one line of error for what it does not know or does not take."""
+    if not name:
+        raise ValueError("no model given: name one with --model")
+    if not timm.is_model(name):
+        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
+        raise ValueError(f"unknown model {name!r}" + (f"; there are {close}" if close else ""))
+    return timm.create_model(name, **kwargs)
+
+
+# Distributed
+
+
+class Context(NamedTuple):
+    """Where this process runs."""
+
+    device: torch.device
+    rank: int
+    world: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(device: str | None, seed: int = 0) -> Context:
+    """Joins the process group that torchrun describes, if any, and seeds every generator with seed + rank.
+
+    Raises:
+        ValueError: a CUDA device was asked for and there is none.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: no CUDA device is visible; use --device cpu")
+    try:
+        found = init_distributed_device_so(device=device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {device}: {error}") from error
+    context = Context(torch.device(found["device"]), found["global_rank"], found["world_size"])
+    seed += context.rank
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    return context
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Sum of a tensor over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+# Logging
+
+
+def start_logging(context: Context, file: Path | None = None) -> None:
+    """Main process: lines on stderr, and in `file`; the others are silent below warnings."""
+    log.handlers.clear()
+    log.propagate = False
+    log.setLevel(logging.INFO if context.is_main else logging.WARNING)
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if file and context.is_main:
+        handlers.append(logging.FileHandler(file))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        log.addHandler(handler)
+
+
+def progress(total: int, unit: str = "img", initial: int = 0) -> tqdm:
+    """A bar with rate and time left on a terminal; invisible elsewhere, where log lines tell the same."""
+    return tqdm(total=total, initial=initial, unit=unit, disable=None, dynamic_ncols=True, smoothing=0.05)
+
+
+# Checkpoints
+
+
+@dataclasses.dataclass
+class Results:
+    """What inference measures; the names are the keys of published checkpoints.
+
+    Attributes:
+        flops: cumulative GFLOPs (multiply-adds) of leaving at each exit.
+        anytime_classification: top-1 accuracy in percent when all images leave at each exit.
+        budgeted_batch_classification: mean GFLOPs and top-1 accuracy in percent, one of each per operating point.
+        dynamic_threshold: thresholds per operating point.
+    """
+
+    flops: list[float] | None = None
+    anytime_classification: list[float] | None = None
+    budgeted_batch_classification: list[list[float]] | None = None
+    dynamic_threshold: list[list[float]] | None = None
+
+    @classmethod
+    def of(cls, checkpoint: dict[str, Any]) -> "Results":
+        """Reads the published keys; CF-ViT's files say `flop` where the others say `flops`."""
+        found = {f.name: checkpoint.get(f.name) for f in dataclasses.fields(cls)}
+        found["flops"] = checkpoint.get("flops", checkpoint.get("flop"))
+        return cls(**{key: as_lists(value) for key, value in found.items()})
+
+    def known(self) -> dict[str, Any]:
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+
+
+def as_lists(value: Any) -> Any:
+    """Tensors and arrays as nested lists of numbers; anything else as it is."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value.tolist()
+    return [as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a temporary file beside `path`, then renames it: readers see the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    """Saves a checkpoint atomically."""
+    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+
+
+def save_json(value: Any, path: Path) -> None:
+    """Saves JSON atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint or a safetensors file without running any code it may hold.
+
+    Returns:
+        A dict with at least `model`, a state dict. Other layouts (`state_dict`, `model_state_dict`, a bare state
+        dict) are turned into it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a checkpoint, or needs more than tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                extra = json.loads((file.metadata() or {}).get("checkpoint", "{}"))
+            return extra | {"model": load_file(path)}
+        with torch.serialization.safe_globals([argparse.Namespace]):  # published files keep their arguments so
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises nearly anything on a broken file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} is not a readable checkpoint ({reason[:150]})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not a checkpoint")
+    for key in ("model", "state_dict", "model_state_dict"):
+        if isinstance(found.get(key), dict):
+            return found | {"model": clean_names(found[key])}
+    if found and all(isinstance(value, Tensor) for value in found.values()):
+        return {"model": clean_names(found)}
+    raise ValueError(f"{path} holds no weights under model, state_dict or model_state_dict")
+
+
+def clean_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without the prefixes of DistributedDataParallel and torch.compile."""
+    return {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in state.items()}
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Loads a state dict strictly.
+
+    Raises:
+        ValueError: names or shapes differ, as for a checkpoint of another model or stage size.
+    """
+    own = model.state_dict()
+    shapes = [name for name in own if name in state and own[name].shape != state[name].shape]
+    if shapes:
+        name = shapes[0]
+        theirs, ours = tuple(state[name].shape), tuple(own[name].shape)
+        raise ValueError(
+            f"{source} does not fit the model: {name} is {theirs} there and {ours} here"
+            f" ({len(shapes)} such tensors); check --model, its stage size and the number of classes"
+        )
+    missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    if missing or unknown:
+        parts = [f"lacks {len(missing)} tensors ({missing[0]}, ...)"] * bool(missing)
+        parts += [f"has {len(unknown)} unknown ones ({unknown[0]}, ...)"] * bool(unknown)
+        raise ValueError(f"{source} is of another model: it {' and '.join(parts)}")
+    model.load_state_dict(state)
+
+
+def model_from_checkpoint(
+    checkpoint: dict[str, Any], source: str, name: str | None, kwargs: dict[str, Any], use_ema: bool = False
+) -> tuple[nn.Module, str, dict[str, Any]]:
+    """Builds the model that a checkpoint was made with and loads its weights.
+
+    Args:
+        checkpoint: from `load_checkpoint`.
+        source: the file's name, for messages.
+        name: --model; needed for foreign files, which do not say.
+        kwargs: constructor arguments from the command line; they win over the saved ones.
+        use_ema: take the averaged weights.
+
+    Returns:
+        The model, its name and its constructor arguments.
+
+    Raises:
+        ValueError: the checkpoint is of another model or lacks what was asked for.
+    """
+    saved = checkpoint.get("model_name")
+    if name and saved and name != saved:
+        raise ValueError(f"{source} is a checkpoint of {saved}, not of {name}; leave --model out or name {saved}")
+    weights = checkpoint.get("model_ema") if use_ema else checkpoint["model"]
+    if weights is None:
+        raise ValueError(f"{source} holds no averaged weights (model_ema); leave --use-ema out")
+    kwargs = checkpoint.get("model_kwargs", {}) | kwargs
+    if "num_classes" not in kwargs and (head := weights.get("head.weight")) is not None:
+        kwargs["num_classes"] = len(head)
+    model = create_model(name or saved, kwargs)
+    load_weights(model, clean_names(weights), source)
+    return model, name or saved, kwargs
+
+
+def initialise_from(model: nn.Module, path: str) -> None:
+    """Starts a model from the weights of a timm, DeiT or own checkpoint, and names what was not loaded.
+
+    Raises:
+        ValueError: no tensor of the file fits.
+    """
+    state = model.adapt_state_dict(load_checkpoint(path)["model"])
+    own = model.state_dict()
+    fits = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
+    if not fits:
+        raise ValueError(f"--finetune {path}: none of its {len(state)} tensors fits the model")
+    model.load_state_dict(fits, strict=False)
+    log.info("initialised %d of %d tensors from %s", len(fits), len(own), path)
+    for what, names in (("not in the file", own.keys() - fits.keys()), ("not used", state.keys() - fits.keys())):
+        if names:
+            log.info("%s: %s", what, ", ".join(sorted(names)))
+
+
+def rng_state() -> dict[str, Any]:
+    """State of every generator of this process, in types that a safe load accepts."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    state = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    state["numpy"] = (name, keys.tolist(), position, has_gauss, gauss)
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Puts the generators back to a state of `rng_state`."""
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
