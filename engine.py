@@ -3,17 +3,42 @@
 Nothing here knows a method: a model is a chain of stages with one output per exit.
 """
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-from timm.utils import AverageMeter, ModelEmaV3, accuracy
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from datasets import Shard, to_device
 from models import Adaptive, StageOutput
+from models.exits import Predictions, confidence
+from utils import MainError, sum_over_ranks
 
-Autocast = Callable[[], torch.autocast]
+
+class Precision(NamedTuple):
+    """Autocast type and the gradient scaler that fp16 needs; both off in plain float32.
+
+    Attributes:
+        device: where the model runs.
+        dtype: bfloat16, float16 or None.
+    """
+
+    device: torch.device
+    dtype: torch.dtype | None = None
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
 
 class Step(NamedTuple):
@@ -32,14 +57,11 @@ class Step(NamedTuple):
     leaves: Tensor
 
 
-def confidence(logits: Tensor) -> Tensor:
-    """Maximum softmax probability [B], in float32."""
-    return logits.float().softmax(dim=-1).amax(dim=-1)
-
-
 def check_thresholds(model: Adaptive, thresholds: list[float]) -> None:
     if len(thresholds) != model.num_exits - 1:
-        raise ValueError(f"{len(thresholds)} thresholds given, the model has {model.num_exits - 1} early exits")
+        raise ValueError(
+            f"{len(thresholds)} thresholds given, the model has {model.num_exits - 1} early exits"
+        )
 
 
 @torch.inference_mode()
@@ -48,7 +70,8 @@ def cascade(model: Adaptive, images: Tensor, thresholds: list[float]) -> Iterato
 
     Args:
         images: [B,3,S,S].
-        thresholds: one per exit but the last; an image leaves at the first exit whose confidence reaches its own.
+        thresholds: one per exit but the last; an image leaves at the first exit whose confidence reaches its
+            own.
 
     Yields:
         One step per stage that has images left.
@@ -77,8 +100,8 @@ def early_exit(model: Adaptive, images: Tensor, thresholds: list[float]) -> tupl
     """Classifies a batch, computing later stages only for images that need them.
 
     Returns:
-        Logits [B,K] of the exit each image took, and that exit [B] int64. Both are the same whatever the rest of the
-        batch is.
+        Logits [B,K] of the exit each image took, and that exit [B] int64. Both are the same whatever the rest
+        of the batch is.
     """
     logits, exits = None, torch.zeros(len(images), dtype=torch.int64, device=images.device)
     for step in cascade(model, images, thresholds):
@@ -88,3 +111,184 @@ def early_exit(model: Adaptive, images: Tensor, thresholds: list[float]) -> tupl
             logits[step.rows] = step.output.logits
             exits[step.rows] = step.exit
     return logits, exits
+
+
+class Update(NamedTuple):
+    """How gradients become new weights.
+
+    Attributes:
+        optimizer: over the model's parameters.
+        scheduler: of the learning rate, stepped per update or per epoch as it was built.
+        scaler: gradient scaler, disabled unless training is in float16.
+        ema: moving average of the weights, or None.
+        accumulate: batches per update.
+        clip_grad: largest gradient norm, or None.
+    """
+
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None = None
+    accumulate: int = 1
+    clip_grad: float | None = None
+
+
+def train_one_epoch(
+    model: nn.Module,
+    loader: DataLoader,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    update: Update,
+    epoch: int,
+    precision: Precision,
+    mixup: Mixup | None = None,
+    on_step: Callable[[int, int, dict[str, float]], None] = lambda step, images, losses: None,
+) -> dict[str, float]:
+    """Trains for one pass over the loader.
+
+    Args:
+        model: an Adaptive, or DistributedDataParallel around one.
+        loader: full batches of images and labels.
+        criterion: from logits and target to a scalar.
+        update: optimizer and its companions.
+        epoch: 0-based.
+        precision: device and autocast type.
+        mixup: applied to the full-resolution batch.
+        on_step: called with the step, the number of images and the losses of every batch.
+
+    Returns:
+        Mean over the epoch and all processes of `loss` and of each of its terms.
+
+    Raises:
+        MainError: the loss is not finite; the weights are those before the bad batch.
+    """
+    parallel = isinstance(model, nn.parallel.DistributedDataParallel)
+    own: Adaptive = model.module if parallel else model
+    model.train()
+    totals: dict[str, float] = {}
+    updates = math.ceil(len(loader) / update.accumulate)
+    update.scheduler.step(epoch)
+    update.scheduler.step_update(epoch * updates)
+    for step, batch in enumerate(loader):
+        own.set_epoch(epoch + step / len(loader))
+        images, target = to_device(batch, precision.device)
+        if mixup:
+            images, target = mixup(images, target)
+        first = step - step % update.accumulate
+        group = min(
+            update.accumulate, len(loader) - first
+        )  # the last update of an epoch may have fewer batches
+        last = step == first + group - 1
+        with nullcontext() if last or not parallel else model.no_sync():
+            with precision.autocast():
+                terms = own.loss(model(images), target, criterion)
+                loss = torch.stack(list(terms.values())).sum()
+            values = mean_over_ranks(torch.stack([loss, *terms.values()]).detach().float())
+            losses = dict(zip(["loss", *terms], values.tolist(), strict=True))
+            if not math.isfinite(losses["loss"]):
+                raise MainError(
+                    f"the loss is {losses['loss']} at epoch {epoch}, step {step}; weights were not updated"
+                )
+            update.scaler.scale(loss / group).backward()
+        if last:
+            step_optimizer(own, update)
+            update.scheduler.step_update(epoch * updates + step // update.accumulate + 1)
+        for name, value in losses.items():
+            totals[name] = totals.get(name, 0.0) + value
+        on_step(step, len(images), losses)
+    return {name: total / len(loader) for name, total in totals.items()}
+
+
+def step_optimizer(model: nn.Module, update: Update) -> None:
+    if update.clip_grad is not None:
+        update.scaler.unscale_(update.optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), update.clip_grad)
+    update.scaler.step(update.optimizer)
+    update.scaler.update()
+    update.optimizer.zero_grad()
+    if update.ema is not None:
+        update.ema.update(model)
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    return sum_over_ranks(value) / world
+
+
+@torch.inference_mode()
+def predict(
+    model: Adaptive,
+    loader: DataLoader,
+    precision: Precision,
+    on_batch: Callable[[Tensor, list[StageOutput]], None] = lambda images, outputs: None,
+) -> Predictions:
+    """Runs all stages on a labelled data set, each image once over all processes.
+
+    Args:
+        model: not wrapped.
+        loader: over a `datasets.Shard`.
+        precision: device and autocast type.
+        on_batch: called with this process's images and outputs.
+    """
+    model.eval()
+    rows = []
+    for batch in loader:
+        images, target = to_device(batch, precision.device)
+        with precision.autocast():
+            outputs = model(images)
+        on_batch(images, outputs)
+        logits = torch.stack([out.logits for out in outputs], dim=1).float()  # [B,E,K]
+        best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == target[:, None, None]
+        loss = F.cross_entropy(
+            logits.transpose(1, 2), target[:, None].expand(-1, len(outputs)), reduction="none"
+        )
+        rows.append(
+            torch.stack([confidence(logits), best[..., 0], best.any(dim=-1), loss], dim=-1)
+        )  # [B,E,4]
+    shard: Shard = loader.dataset
+    table = torch.zeros(shard.total, model.num_exits, 4, device=precision.device)
+    if rows:
+        table[shard.rank :: shard.world] = torch.cat(rows)
+    first, best, best5, loss = sum_over_ranks(table).cpu().unbind(-1)
+    return Predictions(first, best.bool(), best5.bool(), loss)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Timing(NamedTuple):
+    """One pass over a loader: images seen, seconds inside the model, seconds in all."""
+
+    images: int
+    model: float
+    total: float
+
+
+def time_pass(
+    run: Callable[[Tensor, Tensor], None], loader: DataLoader, device: torch.device, warmup: int
+) -> Timing:
+    """Times `run(images, target)` over a data set.
+
+    Args:
+        run: the work, on a batch that is on the device.
+        loader: of images and labels.
+        device: waited for before the clock is read.
+        warmup: untimed runs on the first batch.
+    """
+    images_seen, inside = 0, 0.0
+    for batch in loader:
+        for _ in range(warmup):
+            run(*to_device(batch, device))
+        break
+    synchronize(device)
+    start = time.perf_counter()
+    for batch in loader:
+        images, target = to_device(batch, device)
+        synchronize(device)
+        entered = time.perf_counter()
+        run(images, target)
+        synchronize(device)
+        inside += time.perf_counter() - entered
+        images_seen += len(images)
+    return Timing(images_seen, inside, time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""Distributed set-up, checkpoints, results, logging and the command line's common parts. Nothing here knows a method."""
+"""Distributed set-up, checkpoints, results, logging and what the command lines share. No method is known here."""
 
 import argparse
 import dataclasses
@@ -16,7 +16,7 @@ import timm
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, safe_open
-from timm.utils import init_distributed_device_so
+from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -32,7 +32,7 @@ class MainError(Exception):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Runs a command; bad input becomes one line on stderr and exit code 2, a failure of its own exit code 1."""
+    """Runs a command; bad input becomes one line on stderr and exit code 2, a failure of its own code 1."""
     name = Path(sys.argv[0]).name
     try:
         with logging_redirect_tqdm([log]):
@@ -40,7 +40,11 @@ def run_command(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         # A data loader's worker hands its exception on as a traceback: the last line says what happened.
         text = str(error).strip()
-        line = text.splitlines()[-1].split("Error: ", 1)[-1] if "Original Traceback" in text else " ".join(text.split())
+        line = (
+            text.splitlines()[-1].split("Error: ", 1)[-1]
+            if "Original Traceback" in text
+            else " ".join(text.split())
+        )
         print(f"{name}: error: {line}", file=sys.stderr)
         sys.exit(2)
     except MainError as error:
@@ -63,11 +67,17 @@ MODEL_FLAGS = {
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --model and everything that changes how a model is built."""
-    parser.add_argument("--model", metavar="NAME", help="registered model; default: the one the checkpoint names")
+    parser.add_argument(
+        "--model", metavar="NAME", help="registered model; default: the one the checkpoint names"
+    )
     for flag, (kind, text) in MODEL_FLAGS.items():
         parser.add_argument(flag, type=kind, help=text)
     parser.add_argument(
-        "--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="further constructor arguments of the model"
+        "--model-kwargs",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="further constructor arguments of the model",
     )
 
 
@@ -170,7 +180,8 @@ class Results:
     Attributes:
         flops: cumulative GFLOPs (multiply-adds) of leaving at each exit.
         anytime_classification: top-1 accuracy in percent when all images leave at each exit.
-        budgeted_batch_classification: mean GFLOPs and top-1 accuracy in percent, one of each per operating point.
+        budgeted_batch_classification: mean GFLOPs and top-1 accuracy in percent, one of each per operating
+            point.
         dynamic_threshold: thresholds per operating point.
     """
 
@@ -198,7 +209,7 @@ def as_lists(value: Any) -> Any:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a temporary file beside `path`, then renames it: readers see the old file or the new one."""
+    """Lets `write` fill a temporary file beside `path`, then renames it: readers see the old or the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -223,8 +234,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint or a safetensors file without running any code it may hold.
 
     Returns:
-        A dict with at least `model`, a state dict. Other layouts (`state_dict`, `model_state_dict`, a bare state
-        dict) are turned into it.
+        A dict with at least `model`, a state dict. Other layouts (`state_dict`, `model_state_dict`, a bare
+        state dict) are turned into it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -238,7 +249,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             with safe_open(path, "pt") as file:
                 extra = json.loads((file.metadata() or {}).get("checkpoint", "{}"))
             return extra | {"model": load_file(path)}
-        with torch.serialization.safe_globals([argparse.Namespace]):  # published files keep their arguments so
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # published files keep their arguments so
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a broken file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -301,7 +314,9 @@ def model_from_checkpoint(
     """
     saved = checkpoint.get("model_name")
     if name and saved and name != saved:
-        raise ValueError(f"{source} is a checkpoint of {saved}, not of {name}; leave --model out or name {saved}")
+        raise ValueError(
+            f"{source} is a checkpoint of {saved}, not of {name}; leave --model out or name {saved}"
+        )
     weights = checkpoint.get("model_ema") if use_ema else checkpoint["model"]
     if weights is None:
         raise ValueError(f"{source} holds no averaged weights (model_ema); leave --use-ema out")
@@ -326,7 +341,10 @@ def initialise_from(model: nn.Module, path: str) -> None:
         raise ValueError(f"--finetune {path}: none of its {len(state)} tensors fits the model")
     model.load_state_dict(fits, strict=False)
     log.info("initialised %d of %d tensors from %s", len(fits), len(own), path)
-    for what, names in (("not in the file", own.keys() - fits.keys()), ("not used", state.keys() - fits.keys())):
+    for what, names in (
+        ("not in the file", own.keys() - fits.keys()),
+        ("not used", state.keys() - fits.keys()),
+    ):
         if names:
             log.info("%s: %s", what, ", ".join(sorted(names)))
 

@@ -1,7 +1,8 @@
-"""LF-ViT: a location stage answers easy images at half resolution, a focus stage looks at the region that matters.
+"""LF-ViT: a location stage answers easy images at half resolution, a focus stage looks at the region that
+matters.
 
-Hu, Cheng, Lu and Liu, "LF-ViT: Reducing Spatial Redundancy in Vision Transformer for Efficient Image Recognition",
-AAAI 2024, arXiv 2402.00033.
+Hu, Cheng, Lu and Liu, "LF-ViT: Reducing Spatial Redundancy in Vision Transformer for Efficient Image
+Recognition", AAAI 2024, arXiv 2402.00033.
 """
 
 import math
@@ -46,7 +47,7 @@ class LFViT(TwoStageViT):
 
     def select(self, cls_attn: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Adds `region` [B,4]: left, top, right, bottom on the 2g x 2g grid, right and bottom exclusive."""
-        winner = best_region(cls_attn, self.region_size)  # [B]
+        winner = best_region(cls_attn, self.stage_size, self.region_size)  # [B]
         inside, outside = self.regions[winner].tensor_split([self.region_size**2], dim=-1)
         order = top_patches(cls_attn.gather(1, inside), self.region_size**2)
         refined, rejected = inside.gather(1, order).tensor_split([self.refined], dim=-1)

@@ -1,7 +1,7 @@
 """Which tokens survive: pure functions from scores to indices, no state, no Python loop over images.
 
-Grids are square and row-major: patch `t` of a grid of side `g` sits at row `t // g`, column `t % g`. Indices never
-count the class token.
+Grids are square and row-major: patch `t` of a grid of side `g` sits at row `t // g`, column `t % g`. Indices
+never count the class token.
 """
 
 import torch
@@ -22,20 +22,21 @@ def top_patches(scores: Tensor, k: int) -> Tensor:
     return scores.argsort(dim=-1, descending=True, stable=True)[:, :k]
 
 
-def best_region(scores: Tensor, region_size: int) -> Tensor:
+def best_region(scores: Tensor, grid_size: int, region_size: int) -> Tensor:
     """Top-left corner, numbered row-major over all corners, of the square with the highest sum of scores.
 
     Of equal sums the first in raster order wins (LF-ViT, section 3.3, neighborhood global class attention).
 
     Args:
         scores: [B,g*g].
+        grid_size: side g of the grid.
         region_size: side m of the square in patches, 1 <= m <= g.
 
     Returns:
         [B] int64 in 0 .. (g-m+1)**2 - 1.
     """
-    side = round(scores.shape[-1] ** 0.5)
-    sums = F.avg_pool2d(scores.unflatten(-1, (1, side, side)), region_size, stride=1)  # [B,1,g-m+1,g-m+1]
+    grid = scores.unflatten(-1, (1, grid_size, grid_size))
+    sums = F.avg_pool2d(grid, region_size, stride=1)  # [B,1,g-m+1,g-m+1]
     return sums.flatten(1).argmax(dim=-1)
 
 
@@ -49,11 +50,15 @@ def region_table(grid_size: int, region_size: int) -> Tensor:
         ValueError: the region is empty or does not fit into the grid.
     """
     if not 1 <= region_size <= grid_size:
-        raise ValueError(f"region_size is {region_size}: take 1 to {grid_size}, the side of the location grid")
+        raise ValueError(
+            f"region_size is {region_size}: take 1 to {grid_size}, the side of the location grid"
+        )
     corners = grid_size - region_size + 1
     first = torch.arange(corners)
     axis = torch.arange(grid_size)
-    within = (axis >= first[:, None]) & (axis < first[:, None] + region_size)  # [corner,g], the same for both axes
+    within = (axis >= first[:, None]) & (
+        axis < first[:, None] + region_size
+    )  # [corner,g], the same for both axes
     inside = within[:, None, :, None] & within[None, :, None, :]  # [corner row, corner column, row, column]
     # False sorts before True and the sort is stable, so each half stays in raster order.
     return (~inside).reshape(corners**2, grid_size**2).byte().argsort(dim=-1, stable=True)
@@ -67,8 +72,8 @@ def refine(coarse: Tensor, grid_size: int) -> Tensor:
         grid_size: side g of the coarse grid.
 
     Returns:
-        [B,4k] patches of the grid of side 2g: all top-left children in the order of `coarse`, then all top-right,
-        bottom-left and bottom-right ones.
+        [B,4k] patches of the grid of side 2g: all top-left children in the order of `coarse`, then all
+        top-right, bottom-left and bottom-right ones.
     """
     top_left = 4 * coarse - 2 * (coarse % grid_size)  # 2r * 2g + 2c
     below = 2 * grid_size

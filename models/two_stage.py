@@ -1,7 +1,7 @@
 """What LF-ViT and CF-ViT share: a half-resolution stage, then a stage that refines the patches that matter.
 
-CF-ViT (Chen et al. 2023, arXiv 2203.03821) and LF-ViT (Hu et al. 2024, arXiv 2402.00033). Grid side g of the first
-stage, 2g of the second; both stages use the same blocks, norm and head.
+CF-ViT (Chen et al. 2023, arXiv 2203.03821) and LF-ViT (Hu et al. 2024, arXiv 2402.00033). Grid side g of the
+first stage, 2g of the second; both stages use the same blocks, norm and head.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,10 @@ class TwoStageViT(AdaptiveViT):
     """Plain ViT, except:
 
     - two position embeddings, one per stage, over the g x g and the 2g x 2g grid;
-    - stage 0 sees the image at half resolution and also returns its class attention: an exponential moving average
-      over the blocks (CF-ViT, section 3.3, global class attention);
-    - stage 1 sees the four children of the patches that `select` refines, the other coarse patches as stage 0 embedded
-      them, and for every refined patch what stage 0 made of it (CF-ViT, section 3.4, feature reuse).
+    - stage 0 sees the image at half resolution and also returns its class attention: an exponential moving
+      average over the blocks (CF-ViT, section 3.3, global class attention);
+    - stage 1 sees the four children of the patches that `select` refines, the other coarse patches as stage 0
+      embedded them, and for every refined patch what stage 0 made of it (CF-ViT, section 3.4, feature reuse).
 
     Args:
         stage_size: g; the full image is 2 * patch_size * g pixels wide.
@@ -99,14 +99,16 @@ class TwoStageViT(AdaptiveViT):
         return StageOutput(self.head(x[:, 0]), info)
 
     def fine(self, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:
-        """Stage 1. Its info: `kept` [B,4k], the refined patches on the 2g x 2g grid, and what `select` adds."""
+        """Stage 1. Its info: `kept` [B,4k], refined patches of the 2g x 2g grid, and what `select` adds."""
         if self.training and not self.selecting:
             every = torch.arange(self.stage_size**2, device=images.device).expand(len(images), -1)
             refined, rest, extra = every, every[:, :0], {}
         else:
             refined, rest, extra = self.select(prev["cls_attn"])
         kept = refine(refined, self.stage_size)
-        reused = self.reuse_block(take(prev["features"], refined)).repeat(1, 4, 1)  # a child inherits its parent's
+        reused = self.reuse_block(take(prev["features"], refined)).repeat(
+            1, 4, 1
+        )  # a child inherits its parent's
         x = self.embed_patches(images, kept) + reused + take(self.pos_embed_list[1][:, 1:], kept)
         x = torch.cat([self.with_class_token(x, 1), take(prev["embedded"], rest)], dim=1)  # [B,1+4k+g*g-k,C]
         for block in self.blocks:
@@ -120,7 +122,9 @@ class TwoStageViT(AdaptiveViT):
     def embed_patches(self, images: Tensor, index: Tensor) -> Tensor:
         """Embeds patches `index` [B,n] of the full image only, as [B,n,C]."""
         side, p = 2 * self.stage_size, self.patch_size
-        grid = images.unflatten(3, (side, p)).unflatten(2, (side, p)).permute(0, 2, 4, 1, 3, 5)  # [B,2g,2g,3,p,p]
+        grid = (
+            images.unflatten(3, (side, p)).unflatten(2, (side, p)).permute(0, 2, 4, 1, 3, 5)
+        )  # [B,2g,2g,3,p,p]
         rows = torch.arange(len(images), device=images.device)[:, None]
         pixels = grid[rows, index // side, index % side].flatten(2)  # [B,n,3*p*p]
         proj = self.patch_embed.proj

@@ -1,6 +1,7 @@
 """The vision transformer that every method here is made of, and the protocol that every method follows.
 
-Vision Transformer (Dosovitskiy et al. 2021, arXiv 2010.11929) in DeiT's form (Touvron et al. 2021, arXiv 2012.12877).
+Vision Transformer (Dosovitskiy et al. 2021, arXiv 2010.11929) in DeiT's form (Touvron et al. 2021, arXiv
+2012.12877).
 Letters: B batch, N tokens (class token first), P = N - 1 patches, C channels, H heads, K classes, L blocks.
 """
 
@@ -42,7 +43,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, need: str | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, need: str | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Attends.
 
         Args:
@@ -81,7 +84,7 @@ class Block(nn.Module):
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         drop_path: float = 0.0,
-        norm_layer: Callable[[int], nn.Module] = partial(nn.LayerNorm, eps=1e-6),
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
         residual_scale: float = 1.0,
     ):
         super().__init__()
@@ -96,7 +99,9 @@ class Block(nn.Module):
         branch = self.drop_path(branch)
         return x + (branch if self.residual_scale == 1 else branch / self.residual_scale)
 
-    def attend(self, x: Tensor, bias: Tensor | None = None, need: str | None = None) -> tuple[Tensor, Tensor | None]:
+    def attend(
+        self, x: Tensor, bias: Tensor | None = None, need: str | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         out, extra = self.attn(self.norm1(x), bias, need)
         return self.residual(x, out), extra
 
@@ -121,7 +126,7 @@ class Adaptive(nn.Module):
     varying_graph: bool = False
 
     def stage(self, k: int, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:
-        """Runs stage `k` on full-resolution images [B,3,S,S]; `prev` is the info of stage k - 1, {} for the first."""
+        """Runs stage `k` on full images [B,3,S,S]; `prev` is the info of stage k - 1, {} for the first."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> list[StageOutput]:
@@ -156,8 +161,9 @@ class AdaptiveViT(Adaptive):
 
     Args:
         img_size: side of the full image in pixels, a multiple of patch_size.
-        init: "deit" is truncated normal with std 0.02; "fan_in" scales with the layer's width, halves residual
-            outputs and starts position embeddings as 2-D sine-cosine, which trains far faster on short schedules.
+        init: "deit" is truncated normal with std 0.02; "fan_in" scales with the layer's width, halves
+            residual outputs and starts position embeddings as 2-D sine-cosine, which trains far faster on
+            short schedules.
     """
 
     def __init__(
@@ -178,15 +184,21 @@ class AdaptiveViT(Adaptive):
         super().__init__()
         if img_size % patch_size:
             raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
-        self.img_size, self.patch_size, self.num_classes, self.embed_dim = img_size, patch_size, num_classes, embed_dim
+        self.img_size, self.patch_size, self.num_classes, self.embed_dim = (
+            img_size,
+            patch_size,
+            num_classes,
+            embed_dim,
+        )
         self.init = check_init(init)
         self.norm_layer = partial(nn.LayerNorm, eps=norm_eps)
         self.patch_embed = self.make_patch_embed()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.make_pos_embed()
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate, self.norm_layer, residual_scale) for rate in rates
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate, self.norm_layer, residual_scale)
+            for rate in rates
         )
         self.norm = self.norm_layer(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes)
@@ -195,15 +207,21 @@ class AdaptiveViT(Adaptive):
         return PatchEmbed(self.img_size, self.patch_size, embed_dim=self.embed_dim, strict_img_size=False)
 
     def make_pos_embed(self) -> None:
-        self.pos_embed = nn.Parameter(torch.zeros(1, (self.img_size // self.patch_size) ** 2 + 1, self.embed_dim))
+        self.pos_embed = nn.Parameter(
+            torch.zeros(1, (self.img_size // self.patch_size) ** 2 + 1, self.embed_dim)
+        )
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimizer factory leaves undecayed, besides biases and norms."""
-        return {name for name, _ in self.named_parameters() if name == "cls_token" or name.startswith("pos_embed")}
+        return {
+            name for name, _ in self.named_parameters() if name == "cls_token" or name.startswith("pos_embed")
+        }
 
     def check_images(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[-2:] != (self.img_size, self.img_size):
-            raise ValueError(f"images are {tuple(images.shape)}, expected [B,3,{self.img_size},{self.img_size}]")
+            raise ValueError(
+                f"images are {tuple(images.shape)}, expected [B,3,{self.img_size},{self.img_size}]"
+            )
 
     def stage(self, k: int, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:
         self.check_images(images)
@@ -224,7 +242,9 @@ class AdaptiveViT(Adaptive):
             if name.startswith("pos_embed"):
                 side = round((own.shape[1] - 1) ** 0.5)
                 new = resample_abs_pos_embed(table, [side, side], num_prefix_tokens=prefix)
-                state[name] = torch.cat([new[:, :1], new[:, prefix:]], dim=1)  # a distillation token has no place here
+                state[name] = torch.cat(
+                    [new[:, :1], new[:, prefix:]], dim=1
+                )  # a distillation token has no place here
         return state
 
 
@@ -269,7 +289,9 @@ def build(cls: type[AdaptiveViT], defaults: dict, kwargs: dict) -> AdaptiveViT:
     Raises:
         ValueError: pretrained weights are asked for (none are hosted), or an argument is not the model's.
     """
-    kwargs = {k: v for k, v in kwargs.items() if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
+    kwargs = {
+        k: v for k, v in kwargs.items() if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+    }
     if kwargs.pop("pretrained", False):
         raise ValueError("no weights are hosted for this model: load a file with --finetune or --resume")
     try:

@@ -1,0 +1,221 @@
+"""Image folders, CIFAR and iNaturalist as training and evaluation loaders. Nothing here knows a method."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "CIFAR100", "INAT", "INAT19")
+INAT_CATEGORIES = ("name", "kingdom", "phylum", "class", "order", "supercategory", "family", "genus")
+
+# How an image becomes model input, unless a checkpoint or the command line says otherwise.
+DATA_CONFIG = dict(
+    mean=list(IMAGENET_DEFAULT_MEAN), std=list(IMAGENET_DEFAULT_STD), crop_pct=0.875, interpolation="bicubic"
+)
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Reads an RGB image.
+
+    Raises:
+        ValueError: the file is not a readable image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # PIL raises many kinds of exception on a broken file
+        raise ValueError(f"cannot read image {path} ({error}); repair or remove it") from error
+
+
+class Folder(ImageFolder):
+    """A tree with one folder per class; the classes may be given, so that splits agree on their numbers."""
+
+    def __init__(self, root: Path, transform: Callable | None = None, classes: list[str] | None = None):
+        self.given = classes
+        super().__init__(str(root), transform, loader=load_image, allow_empty=True)
+        if not self.samples:
+            raise FileNotFoundError(
+                f"no image below {root}: expected a folder per class with .jpg, .png, ... files"
+            )
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        found = sorted(entry.name for entry in Path(directory).iterdir() if entry.is_dir())
+        classes = self.given or found
+        if unknown := sorted(set(found) - set(classes)):
+            raise ValueError(
+                f"{directory} has the class folder {unknown[0]!r}, which is not among the model's classes"
+            )
+        return classes, {name: i for i, name in enumerate(classes)}
+
+
+class INaturalist(Dataset):
+    """iNaturalist 2018 / 2019 from its JSON annotations.
+
+    A class is a value of `category`, numbered by first appearance in the training annotations.
+    """
+
+    def __init__(self, root: Path, year: int, split: str, category: str, transform: Callable | None = None):
+        files = [root / f"{part}{year}.json" for part in ("train", "train" if split == "train" else "val")]
+        files.append(root / "categories.json")
+        for file in files:
+            if not file.is_file():
+                raise FileNotFoundError(f"no {file}: unpack the iNaturalist {year} annotations into {root}")
+        train, own, categories = (json.loads(file.read_text()) for file in files)
+        of_category = {entry["id"]: entry[category] for entry in categories}
+        seen = dict.fromkeys(of_category[entry["category_id"]] for entry in train["annotations"])
+        self.classes = list(seen)
+        numbers = {name: i for i, name in enumerate(self.classes)}
+        self.samples = []
+        for image in own["images"]:
+            parts = image["file_name"].split("/")  # split, kingdom, category id, file
+            self.samples.append((root / parts[0] / parts[2] / parts[3], numbers[of_category[int(parts[2])]]))
+        if self.samples and not self.samples[0][0].exists():  # the archives keep the kingdom in the path
+            self.samples = [
+                (root / image["file_name"], label)
+                for image, (_, label) in zip(own["images"], self.samples, strict=True)
+            ]
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, label = self.samples[index]
+        image = load_image(path)
+        return (self.transform(image) if self.transform else image), label
+
+
+class Files(Dataset):
+    """Unlabelled pictures: a file, or every image below a folder; yields (image, index)."""
+
+    def __init__(self, path: str | Path, transform: Callable | None = None):
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"no image or folder at {path}")
+        self.paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if is_image(p))
+        if not self.paths:
+            raise FileNotFoundError(f"no image below {path}")
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = load_image(self.paths[index])
+        return (self.transform(image) if self.transform else image), index
+
+
+def is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
+
+
+def build_dataset(
+    data_set: str,
+    root: str | Path,
+    split: str,
+    transform: Callable | None = None,
+    classes: list[str] | None = None,
+    category: str = "name",
+    download: bool = False,
+) -> Dataset:
+    """One split of a data set, with its class names as `classes`.
+
+    Args:
+        data_set: one of DATA_SETS; IMNET is any folder tree root/split/class/image, CIFAR is CIFAR-100.
+        root: the data folder.
+        split: "train", "val" or another folder name; `validation` and `test` stand in for a missing `val`.
+        transform: from image to model input.
+        classes: class names in the model's order (folders only); default: the folders in sorted order.
+        category: iNaturalist: the level of the taxonomy that is the class.
+        download: CIFAR: fetch it if it is not there.
+
+    Raises:
+        FileNotFoundError: the folder, the split or its images are not there.
+        ValueError: the data set is unknown, or a class folder is.
+    """
+    root = Path(root)
+    if data_set == "IMNET":
+        names = [split] + (["validation", "test"] if split == "val" else [])
+        found = [root / name for name in names if (root / name).is_dir()]
+        if not found:
+            raise FileNotFoundError(
+                f"no folder {root / split}: the data folder needs one folder per class in it"
+            )
+        return Folder(found[0], transform, classes)
+    if data_set in ("CIFAR", "CIFAR10", "CIFAR100"):
+        cifar = CIFAR10 if data_set == "CIFAR10" else CIFAR100
+        try:
+            return cifar(str(root), train=split == "train", transform=transform, download=download)
+        except RuntimeError as error:
+            raise FileNotFoundError(
+                f"no {cifar.__name__} below {root}: unpack it there or add --download"
+            ) from error
+    if data_set in ("INAT", "INAT19"):
+        return INaturalist(root, 2018 if data_set == "INAT" else 2019, split, category, transform)
+    raise ValueError(f"unknown data set {data_set!r}: take one of {', '.join(DATA_SETS)}")
+
+
+def eval_transform(img_size: int, config: dict[str, Any]) -> Callable:
+    """Resize of the shorter side to img_size / crop_pct, centre crop, normalisation."""
+    return create_transform(img_size, is_training=False, **config)
+
+
+def train_transform(img_size: int, config: dict[str, Any], **augmentation: Any) -> Callable:
+    """timm's training transform; `augmentation` are arguments of timm.data.create_transform."""
+    config = {key: config[key] for key in ("mean", "std")}
+    return create_transform(img_size, is_training=True, **config, **augmentation)
+
+
+class Shard(Subset):
+    """Every world-th sample from `rank` on: over all processes each sample once, without padding."""
+
+    def __init__(self, dataset: Dataset, rank: int = 0, world: int = 1):
+        super().__init__(dataset, range(rank, len(dataset), world))
+        self.rank, self.world, self.total = rank, world, len(dataset)
+
+
+def eval_loader(
+    dataset: Dataset, batch_size: int, workers: int, rank: int = 0, world: int = 1, **kwargs
+) -> DataLoader:
+    """Loader over this process's shard, in order."""
+    return DataLoader(Shard(dataset, rank, world), batch_size, num_workers=workers, **kwargs)
+
+
+def train_loader(
+    dataset: Dataset, batch_size: int, workers: int, repeats: int = 1, rank: int = 0, world: int = 1, **kwargs
+) -> DataLoader:
+    """Shuffled loader of full batches; call `loader.sampler.set_epoch` every epoch.
+
+    Args:
+        repeats: repeated augmentation (Hoffer et al. 2020): copies of an image per epoch, on different
+            processes; the number of samples per epoch stays that of the data set.
+
+    Raises:
+        ValueError: the data set has not one full batch per process.
+    """
+    if repeats > 1:
+        small = len(dataset) < 256  # the published rounding to 256 samples would leave none
+        sampler = RepeatAugSampler(
+            dataset, world, rank, num_repeats=repeats, selected_round=0 if small else 256
+        )
+    else:
+        sampler = DistributedSampler(dataset, world, rank)
+    if len(sampler) < batch_size:
+        raise ValueError(
+            f"{len(sampler)} training images per process do not fill one batch of {batch_size}:"
+            " lower --batch-size"
+        )
+    return DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, drop_last=True, **kwargs)
+
+
+def to_device(batch: Iterable[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Moves a batch, without waiting where memory is pinned."""
+    return [tensor.to(device, non_blocking=True) for tensor in batch]

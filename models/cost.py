@@ -1,0 +1,80 @@
+"""GFLOPs of every stage, counted on the code that runs.
+
+As in the papers, one multiply-add is one FLOP. fvcore counts linear layers, convolutions, matrix products and
+norms; it skips the fused attention kernel silently, so a handle for it is added here.
+"""
+
+import logging
+import warnings
+from collections import Counter
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from models.vit import Adaptive
+
+# Operators without multiply-adds of note: element-wise work, reductions, sorting and the moving of data.
+CHEAP = {
+    "aten::" + name
+    for name in """
+    add add_ sub rsub mul mul_ div div_ pow neg exp log sum mean softmax log_softmax gelu relu dropout sigmoid
+    tanh max min amax argmax argsort sort topk cumsum ceil floor floor_divide remainder clamp where avg_pool2d
+    gather scatter scatter_ unflatten tensor_split index index_select arange repeat expand_as pad ge gt le lt
+    eq ne bitwise_not
+    """.split()
+}
+
+
+def attention_macs(inputs: list, outputs: list) -> Counter:
+    """Multiply-adds of scaled_dot_product_attention: q k^T and its product with v."""
+    q, k, v = (value.type().sizes() for value in inputs[:3])
+    return Counter({"attention": prod(q[:-1]) * k[-2] * (q[-1] + v[-1])})
+
+
+class StageRunner(nn.Module):
+    """One stage with tensors in and tensors out, as tracing wants it."""
+
+    def __init__(self, model: Adaptive, k: int, names: list[str]):
+        super().__init__()
+        self.model, self.k, self.names = model, k, names
+
+    def forward(self, images: Tensor, *info: Tensor) -> Tensor:
+        return self.model.stage(self.k, images, dict(zip(self.names, info, strict=True))).logits
+
+
+@torch.no_grad()
+def stage_gflops(model: Adaptive) -> list[float]:
+    """GFLOPs that each stage adds, for one image in evaluation mode.
+
+    Raises:
+        RuntimeError: a stage runs an operator that is neither counted nor known to be cheap.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # fvcore's focal loss, unused here, is a scripted function
+        from fvcore.nn import FlopCountAnalysis  # imported here: only counting needs it
+
+    logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
+    training = model.training
+    model.eval()
+    image = torch.zeros(1, 3, model.img_size, model.img_size, device=next(model.parameters()).device)
+    costs, info = [], {}
+    for k in range(model.num_exits):
+        analysis = FlopCountAnalysis(StageRunner(model, k, list(info)), (image, *info.values()))
+        analysis.set_op_handle("aten::scaled_dot_product_attention", attention_macs)
+        analysis.tracer_warnings("none").unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        costs.append(analysis.total() / 1e9)
+        if unknown := set(analysis.unsupported_ops()) - CHEAP:
+            raise RuntimeError(
+                f"stage {k} runs operators whose cost is not counted: {', '.join(sorted(unknown))}"
+            )
+        info = model.stage(k, image, info).info
+    model.train(training)
+    return costs
+
+
+def exit_gflops(model: Adaptive) -> list[float]:
+    """Cumulative GFLOPs of leaving at each exit, the `flops` of a checkpoint."""
+    return torch.tensor(stage_gflops(model), dtype=torch.float64).cumsum(0).tolist()

@@ -1,0 +1,111 @@
+"""Which exit an image takes and what that costs: pure functions from confidences to exits, accuracy and
+thresholds.
+
+n images, E exits, T operating points; an image leaves at the first exit whose confidence reaches its
+threshold.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def confidence(logits: Tensor) -> Tensor:
+    """Maximum softmax probability [B], in float32."""
+    return logits.float().softmax(dim=-1).amax(dim=-1)
+
+
+class Predictions(NamedTuple):
+    """What every exit says of every image of a data set, in the data set's order, on the CPU.
+
+    Attributes:
+        confidence: [n,E] maximum softmax probability.
+        correct: [n,E] bool, whether the highest logit is the label's.
+        correct5: [n,E] bool, whether the label is among the five highest logits.
+        loss: [n,E] cross-entropy.
+    """
+
+    confidence: Tensor
+    correct: Tensor
+    correct5: Tensor
+    loss: Tensor
+
+    def summary(self) -> dict[str, float]:
+        """Percentages and mean loss of each exit: exit0_acc1, exit0_acc5, exit0_loss, exit1_acc1, ..."""
+        found = {}
+        for k in range(self.confidence.shape[1]):
+            found[f"exit{k}_acc1"] = 100 * self.correct[:, k].double().mean().item()
+            found[f"exit{k}_acc5"] = 100 * self.correct5[:, k].double().mean().item()
+            found[f"exit{k}_loss"] = self.loss[:, k].double().mean().item()
+        return found
+
+
+def choose_exits(confidence: Tensor, thresholds: Tensor) -> Tensor:
+    """First exit whose confidence reaches its threshold.
+
+    Args:
+        confidence: [n,E].
+        thresholds: [T,E-1], one row per operating point.
+
+    Returns:
+        [T,n] int64.
+    """
+    leaves = confidence[None, :, :-1] >= thresholds[:, None]  # [T,n,E-1]
+    return F.pad(leaves.byte(), (0, 1), value=1).argmax(dim=-1)  # the first of equal values
+
+
+class Curve(NamedTuple):
+    """Operating points: mean GFLOPs [T], top-1 accuracy in percent [T] and share of images per exit [T,E]."""
+
+    gflops: Tensor
+    accuracy: Tensor
+    shares: Tensor
+
+
+def operating_points(predictions: Predictions, thresholds: Tensor, gflops: list[float]) -> Curve:
+    """What early exit gives at each row of thresholds [T,E-1]; `gflops` are cumulative, one per exit."""
+    exits = choose_exits(predictions.confidence, thresholds)
+    correct = predictions.correct.T.gather(0, exits)  # [T,n]: row k of the transposed table is exit k
+    shares = F.one_hot(exits, len(gflops)).double().mean(dim=1)
+    return Curve(
+        shares @ torch.tensor(gflops, dtype=torch.float64), 100 * correct.double().mean(dim=1), shares
+    )
+
+
+def uniform_thresholds(count: int, exits: int) -> Tensor:
+    """`count` operating points from 0 to 1, the same threshold at every exit, [count, exits - 1]."""
+    return (
+        torch.linspace(0, 1, count, dtype=torch.float64)
+        .round(decimals=6)[:, None]
+        .expand(-1, exits - 1)
+        .float()
+    )
+
+
+def budget_threshold(predictions: Predictions, gflops: list[float], budget: float) -> float:
+    """Highest common threshold whose mean cost stays within a budget.
+
+    Args:
+        predictions: on a calibration split.
+        gflops: cumulative GFLOPs of each exit.
+        budget: mean GFLOPs per image.
+
+    Raises:
+        ValueError: even leaving at the first exit costs more.
+    """
+    if budget < gflops[0]:
+        raise ValueError(f"a budget of {budget} GFLOPs is below the cost of the first exit, {gflops[0]:.3f}")
+    # The cost changes only at the confidences that occur and never falls as the threshold rises, so bisect
+    # over them.
+    levels = torch.cat([predictions.confidence[:, :-1].flatten(), torch.tensor([0.0, 1.0])]).unique()
+    low, high = 0, len(levels) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        row = levels[middle].expand(1, len(gflops) - 1)
+        if operating_points(predictions, row, gflops).gflops.item() <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return levels[low].item()
