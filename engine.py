@@ -248,7 +248,9 @@ def predict(
     table = torch.zeros(shard.total, model.num_exits, 4, device=precision.device)
     if rows:
         table[shard.rank :: shard.world] = torch.cat(rows)
-    first, best, best5, loss = sum_over_ranks(table).cpu().unbind(-1)
+    if shard.world > 1:
+        table = sum_over_ranks(table)
+    first, best, best5, loss = table.cpu().unbind(-1)
     return Predictions(first, best.bool(), best5.bool(), loss)
 
 

@@ -1,4 +1,4 @@
-"""Distributed set-up, checkpoints, results, logging and what the command lines share. No method is known here."""
+"""Distributed set-up, checkpoints, results, logging and what the command lines share."""
 
 import argparse
 import dataclasses
@@ -20,6 +20,8 @@ from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
+
+from models import Adaptive
 
 log = logging.getLogger("adaptive-vit")
 
@@ -96,14 +98,26 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return kwargs
 
 
-def create_model(name: str | None, kwargs: dict[str, Any]) -> nn.Module:
+def check_range(flag: str, value: float, low: float, high: float = float("inf")) -> None:
+    """Raises ValueError where a flag's value is outside low .. high."""
+    if not low <= value <= high:
+        limits = f"{low} to {high}" if high < float("inf") else f"at least {low}"
+        raise ValueError(f"{flag} is {value}: take {limits}")
+
+
+def create_model(name: str | None, kwargs: dict[str, Any]) -> Adaptive:
     """timm.create_model, with one line of error for what it does not know or does not take."""
     if not name:
         raise ValueError("no model given: name one with --model")
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
         raise ValueError(f"unknown model {name!r}" + (f"; there are {close}" if close else ""))
-    return timm.create_model(name, **kwargs)
+    model = timm.create_model(name, **kwargs)
+    if not isinstance(model, Adaptive):
+        raise ValueError(
+            f"{name} is a plain timm model, which cannot be used here; deit_nano shows how to wrap one"
+        )
+    return model
 
 
 # Distributed
@@ -147,6 +161,15 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's value, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 # Logging
@@ -230,6 +253,19 @@ def save_json(value: Any, path: Path) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
 
 
+def load_json(path: str | Path) -> Any:
+    """Reads JSON.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a JSON file ({error})") from error
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint or a safetensors file without running any code it may hold.
 
@@ -296,7 +332,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> Non
 
 def model_from_checkpoint(
     checkpoint: dict[str, Any], source: str, name: str | None, kwargs: dict[str, Any], use_ema: bool = False
-) -> tuple[nn.Module, str, dict[str, Any]]:
+) -> tuple[Adaptive, str, dict[str, Any]]:
     """Builds the model that a checkpoint was made with and loads its weights.
 
     Args:
@@ -328,7 +364,7 @@ def model_from_checkpoint(
     return model, name or saved, kwargs
 
 
-def initialise_from(model: nn.Module, path: str) -> None:
+def initialise_from(model: Adaptive, path: str) -> None:
     """Starts a model from the weights of a timm, DeiT or own checkpoint, and names what was not loaded.
 
     Raises:

@@ -31,6 +31,7 @@ class LFViT(TwoStageViT):
         ValueError: region_size or alpha is out of range.
     """
 
+    stage_names = ("location", "focus")
     recipe = {"select_from": 231 / 300}
 
     def __init__(

@@ -117,11 +117,13 @@ class Adaptive(nn.Module):
 
     Attributes:
         num_exits: number of stages.
+        stage_names: what the paper calls them.
         recipe: training options of the published recipe, as main_deit.py names them.
         varying_graph: whether some parameters take no part in some steps (DDP has to look for them).
     """
 
     num_exits: int = 1
+    stage_names: tuple[str, ...] = ("full",)
     recipe: dict[str, object] = {}
     varying_graph: bool = False
 

@@ -1,0 +1,436 @@
+"""Trains and evaluates the models: arguments -> data -> model -> optimizer -> epochs.
+
+    python main_deit.py --model lf_deit_nano --data-path data/digits --output_dir output/nano
+    torchrun --nproc_per_node=4 main_deit.py --model lf_deit_small --batch-size 256 --data-path IMAGENET \
+        --location-stage-size 7 --dist-eval --output_dir output/lf_7x7
+
+The defaults are DeiT's recipe, with what the model's own recipe changes.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
+
+import datasets
+import utils
+from engine import Precision, Update, predict, train_one_epoch
+from models import recipe_of
+from models.exits import choose_exits, uniform_thresholds
+from utils import log
+from visualize import contact_sheet, explain
+
+OnOff = argparse.BooleanOptionalAction
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+
+    group = parser.add_argument_group("model")
+    utils.add_model_arguments(group)
+    add = group.add_argument
+    add("--drop-path", type=float, default=0.1, help="stochastic depth rate of the last block")
+    add("--finetune", metavar="FILE", help="start from the weights of a timm, DeiT or own checkpoint")
+    add("--select-from", type=float, help="share of the epochs after which selection starts (LF-ViT: 0.77)")
+    add("--coarse-only", type=float, help="share of the epochs that train the first stage alone")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data-path", "--data_url", required=True, metavar="DIR", help="folder with train/ and val/")
+    add("--data-set", default="IMNET", choices=datasets.DATA_SETS, help="IMNET is any tree of class folders")
+    add("--inat-category", default="name", choices=datasets.INAT_CATEGORIES)
+    add("--download", action="store_true", help="fetch CIFAR if it is not there")
+    add("--num_workers", "--workers", type=int, default=10, help="loading processes")
+    add("--pin-mem", action=OnOff, default=True, help="page-locked memory for faster transfer to a GPU")
+    add("--crop-pct", type=float, default=datasets.DATA_CONFIG["crop_pct"], help="of the evaluation images")
+    add("--interpolation", default=datasets.DATA_CONFIG["interpolation"], help="of the evaluation images")
+    add("--mean", type=float, nargs=3, default=datasets.DATA_CONFIG["mean"], help="of the channels")
+    add("--std", type=float, nargs=3, default=datasets.DATA_CONFIG["std"], help="of the channels")
+
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--no-aug", action="store_true", help="images as in evaluation; mixing and repeating stay as set")
+    add("--scale", type=float, nargs=2, default=(0.08, 1.0), help="area of the random crop")
+    add("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="aspect ratio of the random crop")
+    add("--hflip", type=float, default=0.5, help="probability of a horizontal flip")
+    add("--vflip", type=float, default=0.0, help="probability of a vertical flip")
+    add("--color-jitter", type=float, default=0.4, help="only without --aa")
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="auto-augment policy, or none")
+    add("--train-interpolation", default="bicubic", help="random, bilinear or bicubic")
+    add("--reprob", type=float, default=0.25, help="probability of random erasing")
+    add("--remode", default="pixel", help="const, rand or pixel")
+    add("--recount", type=int, default=1, help="erased boxes")
+    add("--repeated-aug", action=OnOff, default=True, help="three views of an image per epoch")
+    add("--mixup", type=float, default=0.8, help="alpha, 0 for none")
+    add("--cutmix", type=float, default=1.0, help="alpha, 0 for none")
+    add("--cutmix-minmax", type=float, nargs=2, help="share of the side instead of alpha")
+    add("--mixup-prob", type=float, default=1.0)
+    add("--mixup-switch-prob", type=float, default=0.5, help="cutmix instead of mixup where both are on")
+    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
+    add("--smoothing", type=float, default=0.1, help="label smoothing")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch-size", type=int, default=64, help="images per process and batch")
+    add("--epochs", type=int, default=300)
+    add("--accumulate", "--grad-accum-steps", type=int, default=1, help="batches per update")
+    add("--clip-grad", type=float, help="largest gradient norm")
+    add("--opt", default="adamw", help="any optimizer of timm")
+    add("--opt-eps", type=float, help="epsilon of the optimizer")
+    add("--opt-betas", type=float, nargs="+", help="betas of the optimizer")
+    add("--momentum", type=float, default=0.9, help="for optimizers that have one")
+    add("--weight-decay", type=float, default=0.05)
+    add("--lr", type=float, default=5e-4, help="at 512 images per update, see --unscale-lr")
+    add("--unscale-lr", action=OnOff, default=False, help="use --lr as it is, whatever the batch")
+    add("--sched", default="cosine", help="any schedule of timm")
+    add("--sched-on-updates", action=OnOff, default=True, help="move the learning rate every update")
+    add("--min-lr", type=float, default=1e-5)
+    add("--warmup-lr", type=float, default=1e-6)
+    add("--warmup-epochs", type=float, help="default: 5, but no more than a tenth of --epochs")
+    add("--cooldown-epochs", type=int, default=0, help="further epochs at --min-lr")
+    add("--model-ema", action=OnOff, default=True, help="keep a moving average of the weights")
+    add("--model-ema-decay", type=float, default=0.99996)
+
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", "--output", metavar="DIR", help="where checkpoints and logs go; default: nowhere")
+    add("--resume", metavar="FILE", help="continue a run from its checkpoint")
+    add("--eval", action="store_true", help="evaluate --resume and stop")
+    add("--dist-eval", action=OnOff, default=True, help="share the evaluation out over the processes")
+    add("--device", help="default: cuda if there is one, else cpu")
+    add("--amp", default="auto", choices=("auto", "none", "fp16", "bf16"), help="auto: fp16 on CUDA")
+    add("--compile", action="store_true", help="compile the model with torch.compile")
+    add("--channels-last", action="store_true", help="memory format of images and convolutions")
+    add("--seed", type=int, default=0)
+    add("--print-freq", type=int, default=50, help="batches between log lines")
+    add("--save-freq", type=int, default=1, help="epochs between checkpoints")
+    add("--picture-freq", type=int, default=10, help="epochs between TensorBoard pictures, 0 for none")
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line over the model's recipe over DeiT's."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    recipe = recipe_of(args.model) if args.model else {}
+    parser.set_defaults(**recipe)
+    args = parser.parse_args(argv)
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(5, args.epochs / 10)
+    for name in ("batch_size", "epochs", "accumulate", "print_freq", "save_freq"):
+        utils.check_range(f"--{name.replace('_', '-')}", getattr(args, name), 1)
+    if (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax) and args.batch_size % 2:
+        raise ValueError(
+            f"--batch-size {args.batch_size} is odd: mixup pairs images, take an even one or --mixup 0 --cutmix 0"
+        )
+    if args.eval and not args.resume:
+        raise ValueError("--eval needs the checkpoint to evaluate: --resume FILE")
+    return args
+
+
+def model_kwargs(args: argparse.Namespace, num_classes: int | None) -> dict:
+    """Constructor arguments; shares of the run become epochs."""
+    kwargs = utils.model_arguments(args) | {"drop_path_rate": args.drop_path}
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    if args.select_from is not None:
+        kwargs["select_from_epoch"] = args.select_from * args.epochs
+    if args.coarse_only is not None:
+        kwargs["coarse_only_epochs"] = args.coarse_only * args.epochs
+    return kwargs
+
+
+def make_criterion(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, Mixup | None]:
+    """Loss on one exit's logits, and the mixing that makes its targets soft."""
+    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax:
+        mixup = Mixup(
+            args.mixup,
+            args.cutmix,
+            args.cutmix_minmax,
+            args.mixup_prob,
+            args.mixup_switch_prob,
+            args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=num_classes,
+        )
+        return SoftTargetCrossEntropy(), mixup
+    return (LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing > 0 else nn.CrossEntropyLoss()), None
+
+
+def make_update(args: argparse.Namespace, model: nn.Module, batches: int, world: int, scaler) -> Update:
+    """Optimizer, schedule and moving average over a model that is on its device."""
+    options = {"eps": args.opt_eps, "betas": args.opt_betas}
+    images = args.batch_size * world * args.accumulate
+    optimizer = create_optimizer_v2(
+        model,
+        args.opt,
+        lr=args.lr if args.unscale_lr else args.lr * images / 512,
+        weight_decay=args.weight_decay,
+        momentum=args.momentum,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        args.sched,
+        num_epochs=args.epochs,
+        min_lr=args.min_lr,
+        warmup_lr=args.warmup_lr,
+        warmup_epochs=args.warmup_epochs,
+        step_on_epochs=not args.sched_on_updates,
+        updates_per_epoch=math.ceil(batches / args.accumulate),
+    )
+    ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
+    return Update(optimizer, scheduler, scaler, ema, args.accumulate, args.clip_grad)
+
+
+class Run:
+    """What a training run leaves behind: checkpoints, log.txt, TensorBoard; only the main process writes."""
+
+    def __init__(self, args: argparse.Namespace, context: utils.Context, constant: dict):
+        self.args, self.context, self.constant = args, context, constant
+        self.folder = Path(args.output_dir) if args.output_dir else None
+        self.board = SummaryWriter(self.folder / "tensorboard") if self.folder and context.is_main else None
+        self.best = -1.0
+
+    def save(self, model: nn.Module, update: Update, epoch: int, score: float) -> None:
+        """Writes checkpoint.pth, and model_best.pth if the score is the best so far."""
+        rng = utils.gather(utils.rng_state())
+        improved, self.best = score > self.best, max(score, self.best)
+        if not (self.folder and self.context.is_main):
+            return
+        checkpoint = self.constant | {
+            "model": model.state_dict(),
+            "optimizer": update.optimizer.state_dict(),
+            "lr_scheduler": update.scheduler.state_dict(),
+            "scaler": update.scaler.state_dict(),
+            "epoch": epoch,
+            "best": self.best,
+            "rng": rng,
+        }
+        if update.ema is not None:
+            checkpoint["model_ema"] = update.ema.module.state_dict()
+        final = epoch + 1 == self.args.epochs + self.args.cooldown_epochs
+        if final or (epoch + 1) % self.args.save_freq == 0:
+            utils.save_checkpoint(checkpoint, self.folder / "checkpoint.pth")
+        if improved:
+            utils.save_checkpoint(checkpoint, self.folder / "model_best.pth")
+
+    def restore(self, checkpoint: dict, update: Update) -> int:
+        """Puts optimizer, schedule, scaler, average, generators and score back; returns the next epoch."""
+        if "optimizer" not in checkpoint:
+            raise ValueError(f"{self.args.resume} holds weights only; start from it with --finetune")
+        update.optimizer.load_state_dict(checkpoint["optimizer"])
+        update.scheduler.load_state_dict(checkpoint["lr_scheduler"])
+        if checkpoint.get("scaler"):
+            update.scaler.load_state_dict(checkpoint["scaler"])
+        if update.ema is not None and checkpoint.get("model_ema"):
+            utils.load_weights(update.ema.module, checkpoint["model_ema"], self.args.resume)
+        self.best = checkpoint.get("best", -1.0)
+        states = checkpoint.get("rng", [])
+        if len(states) == self.context.world:
+            utils.restore_rng(states[self.context.rank])
+        else:
+            log.info("the checkpoint is of %d processes: random numbers start anew", len(states))
+        return checkpoint["epoch"] + 1
+
+    def write(self, entry: dict, epoch: int) -> None:
+        """Appends an epoch to log.txt and to TensorBoard."""
+        if self.folder and self.context.is_main:
+            with open(self.folder / "log.txt", "a") as file:
+                file.write(json.dumps(entry) + "\n")
+            for name, value in entry.items():
+                self.board.add_scalar(name.replace("_", "/", 1), value, epoch)
+            self.board.flush()
+
+
+def evaluate(model: nn.Module, loader, precision: Precision, prefix: str = "test_") -> dict[str, float]:
+    """Accuracy and loss of every exit, and the share of images that three thresholds let go early."""
+    predictions = predict(model, loader, precision)
+    entry = {prefix + name: value for name, value in predictions.summary().items()}
+    thresholds = uniform_thresholds(11, model.num_exits)[[5, 7, 9]]  # 0.5, 0.7, 0.9
+    for percent, exits in zip((50, 70, 90), choose_exits(predictions.confidence, thresholds), strict=True):
+        for k in range(model.num_exits - 1):
+            entry[f"{prefix}exit{k}_share_at_{percent}"] = (exits == k).double().mean().item()
+    return entry
+
+
+def step_logger(args, board, context, steps: int, epochs: range, optimizer) -> Callable[[int], Callable]:
+    """Progress over the whole run: a bar on a terminal, a line every --print-freq batches anywhere."""
+    per_epoch = steps * args.batch_size * context.world
+    bar = utils.progress(per_epoch * len(epochs)) if context.is_main else None
+    begun, seen = time.perf_counter(), 0
+
+    def of_epoch(epoch: int) -> Callable[[int, int, dict[str, float]], None]:
+        def on_step(step: int, images: int, losses: dict[str, float]) -> None:
+            nonlocal seen
+            if bar is None:
+                return
+            seen += images * context.world
+            bar.update(images * context.world)
+            bar.set_description(f"epoch {epoch} loss {losses['loss']:.3f}")
+            if step % args.print_freq and step + 1 < steps:
+                return
+            rate = seen / (time.perf_counter() - begun)
+            left = time.strftime("%H:%M:%S", time.gmtime((per_epoch * len(epochs) - seen) / rate))
+            terms = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
+            lr = optimizer.param_groups[0]["lr"]
+            log.info(
+                "epoch %d [%d/%d] %s lr %.2e %.0f img/s %s left",
+                epoch,
+                step + 1,
+                steps,
+                terms,
+                lr,
+                rate,
+                left,
+            )
+            if board is not None:
+                at = epoch * steps + step
+                for name, value in losses.items():
+                    board.add_scalar(f"step/{name}", value, at)
+                board.add_scalar("step/lr", lr, at)
+                board.add_scalar("step/images_per_second", rate, at)
+
+        return on_step
+
+    return of_epoch
+
+
+def main() -> None:
+    args = parse()
+    context = utils.start(args.device, args.seed)
+    folder = Path(args.output_dir) if args.output_dir else None
+    if folder and context.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+    utils.start_logging(context, folder / "train.log" if folder else None)
+    half = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+    half["auto"] = torch.float16 if context.device.type == "cuda" else None
+    precision = Precision(context.device, half[args.amp])
+    config = {name: getattr(args, name) for name in datasets.DATA_CONFIG}
+
+    # Data and model; the number of classes comes from the training folders, or from the checkpoint.
+    checkpoint = utils.load_checkpoint(args.resume) if args.resume else {}
+    source = dict(
+        root=args.data_path, category=args.inat_category, download=args.download and context.is_main
+    )
+    trainset = None if args.eval else datasets.build_dataset(args.data_set, split="train", **source)
+    kwargs = model_kwargs(args, len(trainset.classes) if trainset else None)
+    if checkpoint:
+        model, name, kwargs = utils.model_from_checkpoint(checkpoint, args.resume, args.model, kwargs)
+    else:
+        model, name = utils.create_model(args.model, kwargs), args.model
+    if args.finetune:
+        utils.initialise_from(model, args.finetune)
+    classes = checkpoint.get("class_names") or (trainset.classes if trainset else None)
+    valset = datasets.build_dataset(
+        args.data_set,
+        split="val",
+        transform=datasets.eval_transform(model.img_size, config),
+        classes=classes,
+        **source,
+    )
+    model.to(
+        context.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format
+    )
+    loading = dict(workers=args.num_workers, pin_memory=args.pin_mem and context.device.type == "cuda")
+    share = (context.rank, context.world) if args.dist_eval else (0, 1)
+    val_loader = datasets.eval_loader(
+        valset, int(1.5 * args.batch_size), rank=share[0], world=share[1], **loading
+    )
+    if args.eval:
+        for key, value in evaluate(model, val_loader, precision).items():
+            log.info("%s %.3f", key, value)
+        return
+
+    trainset.transform = datasets.train_transform(model.img_size, config, **augmentation(args))
+    train_loader = datasets.train_loader(
+        trainset,
+        args.batch_size,
+        repeats=3 if args.repeated_aug else 1,
+        rank=context.rank,
+        world=context.world,
+        **loading,
+    )
+    criterion, mixup = make_criterion(args, model.num_classes)
+    update = make_update(args, model, len(train_loader), context.world, precision.scaler())
+    run = Run(
+        args,
+        context,
+        {
+            "model_name": name,
+            "model_kwargs": kwargs,
+            "class_names": list(trainset.classes),
+            "data_config": config,
+            "args": vars(args),
+        },
+    )
+    first = run.restore(checkpoint, update) if checkpoint else 0
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log.info(
+        "%s: %d parameters, %d training and %d validation images",
+        name,
+        parameters,
+        len(trainset),
+        len(valset),
+    )
+    wrapped = model
+    if args.compile:
+        model.compile()
+    if context.world > 1:
+        ids = [context.device.index] if context.device.type == "cuda" else None
+        wrapped = DistributedDataParallel(model, device_ids=ids, find_unused_parameters=model.varying_graph)
+
+    epochs = range(first, args.epochs + args.cooldown_epochs)
+    on_step = step_logger(args, run.board, context, len(train_loader), epochs, update.optimizer)
+    for epoch in epochs:
+        train_loader.sampler.set_epoch(epoch)
+        lr = update.optimizer.param_groups[0]["lr"]
+        losses = train_one_epoch(
+            wrapped, train_loader, criterion, update, epoch, precision, mixup, on_step(epoch)
+        )
+        tested = evaluate(model, val_loader, precision)
+        score = tested[f"test_exit{model.num_exits - 1}_acc1"]
+        if update.ema is not None:
+            tested |= evaluate(update.ema.module, val_loader, precision, "ema_")
+        run.save(model, update, epoch, score)
+        entry = {"train_lr": lr, **{f"train_{key}": value for key, value in losses.items()}, **tested}
+        run.write(entry | {"epoch": epoch, "n_parameters": parameters}, epoch)
+        accuracy = ", ".join(
+            f"{stage} {tested[f'test_exit{k}_acc1']:.2f}" for k, stage in enumerate(model.stage_names)
+        )
+        log.info("epoch %d: top-1 %s; best %.2f", epoch, accuracy, run.best)
+        if run.board and args.picture_freq and epoch % args.picture_freq == 0:
+            sheet = explain(model, valset, range(min(8, len(valset))), config, [0.7] * (model.num_exits - 1))
+            page = np.asarray(contact_sheet(sheet, model.stage_names, run.constant["class_names"]))
+            run.board.add_image("regions", page, epoch, dataformats="HWC")
+
+
+def augmentation(args: argparse.Namespace) -> dict:
+    """Arguments of timm.data.create_transform."""
+    return dict(
+        no_aug=args.no_aug,
+        scale=tuple(args.scale),
+        ratio=tuple(args.ratio),
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        auto_augment=None if args.aa == "none" else args.aa,
+        interpolation=args.train_interpolation,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+    )
+
+
+if __name__ == "__main__":
+    utils.run_command(main)
