@@ -1,8 +1,8 @@
 """Make 'cluttered digits': small handwritten digits among fragments of digits, as an ImageFolder tree.
 
 Every image shows one whole digit, its class, and one to three fragments on a dark photograph. Which of the
-boxes holds the digit is drawn after they are laid out, so neither place nor size tells it: a model has to look.
-All sources come with scikit-learn, nothing is downloaded. The splits share neither digits nor parts of a photo.
+boxes holds the digit is drawn after they are laid out: neither place nor size tells it, a model has to look.
+All sources come with scikit-learn; the splits share neither digits nor parts of a photograph.
 
     DIR/{train,val,test}/{0..9}/NNNNNN.png   RGB with three equal channels
     DIR/boxes.csv                            each file's label, its digit's box in px and index in load_digits
@@ -35,10 +35,8 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from tqdm import tqdm
 
-FORMAT = (
-    1  # to be raised whenever the same arguments give other files: an old set then no longer counts as made
-)
-BASE = 56  # px; all lengths here are those of a 56-px image, a larger one has them multiplied
+FORMAT = 1  # raise it whenever the same arguments give other files, so that old sets are not reused
+BASE = 56  # px; lengths in this file are those of a 56-px image, a larger one has them multiplied
 CELL = 8  # px; boxes are laid on a grid of 7 x 7 cells
 CHUNK = 250  # images per task of a worker
 DIGITS = {"train": slice(0, 1100), "val": slice(1100, 1450), "test": slice(1450, 1797)}  # of a permutation
@@ -104,7 +102,7 @@ def load_sources(split: str, size: int) -> Sources:
 def lay_out(rng: np.random.Generator) -> list[Box]:
     """Draws 2 to 4 boxes in cells of their own, largest first.
 
-    A free place always remains: a 2x2 box takes at most 9 of the 36 places of the others.
+    There is always a free place: a 2x2 box blocks at most 9 of the 36 places for another.
     """
     boxes = []
     taken: set[tuple[int, int]] = set()
@@ -113,14 +111,9 @@ def lay_out(rng: np.random.Generator) -> list[Box]:
         free = [place for place in PLACES[side] if place.isdisjoint(taken)]
         place = free[rng.integers(len(free))]
         taken |= place
-        row, column = min(place)
-        slack = -side % CELL / 2
-        jitter = rng.uniform(-0.5, 0.5, size=2).tolist()
-        # A 16-px box fills its cells, so at the rim half of the jitters would push it off the canvas.
-        left, top = (
-            min(max(CELL * cell + slack + shift, 0), BASE - side)
-            for cell, shift in zip((column, row), jitter, strict=True)
-        )
+        corner = CELL * np.array(min(place)) + (-side % CELL / 2) + rng.uniform(-0.5, 0.5, size=2)
+        # A 16-px box fills its cells: at the rim of the canvas half of the jitters would push it off.
+        top, left = corner.clip(0, BASE - side).tolist()
         boxes.append(Box(left, top, side))
     return boxes
 
@@ -229,9 +222,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to make")
     for split, count in (("train", 64000), ("val", 2000), ("test", 2000)):
-        parser.add_argument(
-            f"--{split}", type=int, default=count, metavar="N", help=f"images, default {count}"
-        )
+        parser.add_argument(f"--{split}", type=int, default=count, metavar="N", help=f"default {count}")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
     parser.add_argument("--size", type=int, default=BASE, metavar="PX", help="a multiple of 56, default 56")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="default: all cores")
@@ -250,8 +241,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     counts = {split: getattr(args, split) for split in DIGITS}
     record = json.dumps({"format": FORMAT, **counts, "seed": args.seed, "size": args.size}, indent=2) + "\n"
     output = args.output.resolve()
+    earlier = output / "digits.json"
     try:
-        if (output / "digits.json").is_file() and (output / "digits.json").read_bytes() == record.encode():
+        if earlier.is_file() and earlier.read_bytes() == record.encode():
             print(f"already there: {output}")
             return 0
         if output.exists() and (not output.is_dir() or any(output.iterdir())):

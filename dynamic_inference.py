@@ -1,0 +1,439 @@
+"""Inference with early exit: accuracy of every exit, threshold sweep, measured speed, budgets, prediction.
+
+python dynamic_inference.py --eval-mode 1 --data_url data/digits --checkpoint_path output/nano/checkpoint.pth
+python dynamic_inference.py --images photos --checkpoint_path output/nano/checkpoint.pth > predictions.csv
+"""
+
+import argparse
+import csv
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+import datasets
+import utils
+from engine import Precision, cascade, early_exit, predict, time_pass
+from models import Adaptive
+from models.cost import exit_gflops
+from models.exits import Predictions, budget_threshold, confidence, operating_points, uniform_thresholds
+from utils import log
+
+MODES = {
+    0: "accuracy of each exit",
+    1: "threshold sweep",
+    2: "early exit at --threshold, timed",
+    3: "stored results",
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    utils.add_model_arguments(parser)
+    add("--checkpoint_path", "--resume", metavar="FILE", required=True)
+    add("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
+    add(
+        "--eval-mode",
+        type=int,
+        default=1,
+        choices=MODES,
+        help="; ".join(f"{k} {v}" for k, v in MODES.items()),
+    )
+    add("--data_url", "--data-path", default="./data", metavar="DIR", help="data folder")
+    add("--data-set", default="IMNET", choices=datasets.DATA_SETS)
+    add("--inat-category", default="name", choices=datasets.INAT_CATEGORIES)
+    add("--split", default="val", help="folder of the data set to evaluate on")
+    add("--batch_size", "--batch-size", type=int, default=64)
+    add("--num_workers", "--workers", type=int, default=min(8, os.cpu_count() or 1), help="loading processes")
+    add("--threshold", type=float, default=0.5, help="confidence that lets an image leave early, 0 to 1")
+    add("--repeats", type=int, default=3, help="mode 2: timed passes over the data")
+    add("--warmup", type=int, default=3, help="mode 2: untimed batches before each pass")
+    add("--baseline", metavar="MODEL", help="mode 2: time this model, unexited, on the same images in turn")
+    add("--budget", type=float, metavar="GFLOPS", help="find the threshold for this mean cost")
+    add(
+        "--calibration",
+        metavar="SPLIT",
+        help="--budget: find it on this split; default: on every other image of --split, tested on the rest",
+    )
+    add("--boxes", metavar="CSV", help="mode 0: object boxes; reports how much of them the region covers")
+    add("--images", metavar="PATH", help="predict on an image or a folder of unlabelled images")
+    add("--output", metavar="CSV", help="--images: where the table goes; default: standard output")
+    add("--results", metavar="FILE", help="write results to this JSON instead of into the checkpoint")
+    add("--device", help="default: cuda if there is one, else cpu")
+    add("--amp", default="none", choices=("none", "fp16", "bf16"), help="autocast")
+    return parser
+
+
+class Session(NamedTuple):
+    """A loaded model with everything the modes need."""
+
+    args: argparse.Namespace
+    context: utils.Context
+    checkpoint: dict[str, Any]
+    model: Adaptive
+    config: dict[str, Any]
+    precision: Precision
+    gflops: list[float]
+
+    def dataset(self, split: str) -> Dataset:
+        return datasets.build_dataset(
+            self.args.data_set,
+            self.args.data_url,
+            split,
+            datasets.eval_transform(self.model.img_size, self.config),
+            self.checkpoint.get("class_names"),
+            self.args.inat_category,
+        )
+
+    def loader(self, dataset: Dataset) -> DataLoader:
+        context, pinned = self.context, self.context.device.type == "cuda"
+        workers = self.args.num_workers
+        return datasets.eval_loader(
+            dataset, self.args.batch_size, workers, context.rank, context.world, pin_memory=pinned
+        )
+
+    def thresholds(self) -> list[float]:
+        return [self.args.threshold] * (self.model.num_exits - 1)
+
+
+def open_session(args: argparse.Namespace, context: utils.Context) -> Session:
+    checkpoint = utils.load_checkpoint(args.checkpoint_path)
+    model, name, _ = utils.model_from_checkpoint(
+        checkpoint, args.checkpoint_path, args.model, utils.model_arguments(args), args.use_ema
+    )
+    gflops = exit_gflops(model)
+    check_flops(utils.Results.of(checkpoint).flops, gflops)
+    model.to(context.device).eval()
+    half = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+    config = checkpoint.get("data_config") or datasets.DATA_CONFIG
+    return Session(
+        args, context, checkpoint, model, config, Precision(context.device, half[args.amp]), gflops
+    )
+
+
+def check_flops(stored: list[float] | None, counted: list[float]) -> None:
+    """Warns where a checkpoint's GFLOPs are not what the code runs."""
+    if stored is None:
+        return
+    if len(stored) != len(counted) or any(
+        abs(s - c) > 0.01 * c for s, c in zip(stored, counted, strict=False)
+    ):
+        said, found = (", ".join(f"{value:.3f}" for value in values) for values in (stored, counted))
+        log.warning("warning: the checkpoint says %s GFLOPs, counted are %s; the count is used", said, found)
+
+
+def show(title: str, header: list[str], rows: list[list[Any]]) -> None:
+    """Prints a table, right-aligned but for its first column."""
+    cells = [header] + [
+        [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows
+    ]
+    widths = [max(len(row[at]) for row in cells) for at in range(len(header))]
+    print(f"\n{title}")
+    for row in cells:
+        print(
+            "  ".join(
+                cell.ljust(w) if at == 0 else cell.rjust(w) for at, (cell, w) in enumerate(zip(row, widths))
+            )
+        )
+
+
+def store(session: Session, results: utils.Results, extra: dict[str, Any]) -> None:
+    """Merges results into the checkpoint, or writes them with `extra` to --results."""
+    args = session.args
+    if not session.context.is_main:
+        return
+    if args.results:
+        path = Path(args.results)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        old = utils.load_json(path) if path.exists() else {}
+        utils.save_json(old | results.known() | extra, path)
+        log.info("results written to %s", path)
+    elif results.known():
+        if args.checkpoint_path.endswith(".safetensors"):
+            return log.info("a safetensors file takes no results; name a file with --results to keep them")
+        utils.save_checkpoint(session.checkpoint | results.known(), Path(args.checkpoint_path))
+        log.info("results written into %s", args.checkpoint_path)
+
+
+def show_exits(session: Session, predictions: Predictions) -> list[float]:
+    """Prints accuracy and cost of every exit; returns the top-1 accuracies."""
+    found = predictions.summary()
+    accuracy = [found[f"exit{k}_acc1"] for k in range(session.model.num_exits)]
+    rows = [
+        [stage, session.gflops[k], accuracy[k], found[f"exit{k}_acc5"]]
+        for k, stage in enumerate(session.model.stage_names)
+    ]
+    if session.context.is_main:
+        show("all images to one exit", ["exit", "GFLOPs", "top-1 %", "top-5 %"], rows)
+    return accuracy
+
+
+class Coverage:
+    """Mean share of each object's box that the region of its image covers."""
+
+    def __init__(self, file: str, dataset: Dataset, session: Session):
+        self.sums = torch.zeros(2, dtype=torch.float64, device=session.context.device)
+        size, crop = session.model.img_size, session.config["crop_pct"]
+        if crop != 1:
+            raise ValueError(
+                "--boxes are in the pixels of the images: they need a checkpoint with --crop-pct 1"
+            )
+        root, found = Path(session.args.data_url), {}
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"no file {file}")
+        with open(file, newline="") as opened:
+            for row in csv.DictReader(opened):
+                try:
+                    found[str(root / row["file"])] = [
+                        float(row[side]) for side in ("left", "top", "right", "bottom")
+                    ]
+                except (KeyError, TypeError, ValueError) as error:
+                    raise ValueError(f"{file} needs the columns file, left, top, right, bottom") from error
+        paths = [str(Path(path)) for path, _ in dataset.samples]
+        if lost := [path for path in paths if path not in found]:
+            raise ValueError(f"{file} has no box for {lost[0]}")
+        boxes = torch.tensor([found[path] for path in paths]).clamp(0, size)
+        self.boxes = boxes[session.context.rank :: session.context.world].to(session.context.device)
+        self.patch, self.seen = session.model.patch_size, 0
+
+    def add(self, images: Tensor, outputs: list) -> None:
+        region = outputs[-1].info.get("region")
+        if region is None:
+            raise ValueError("--boxes: this model chooses no region")
+        box = self.boxes[self.seen : self.seen + len(images)]
+        self.seen += len(images)
+        region = region * self.patch
+        overlap = torch.minimum(box[:, 2:], region[:, 2:]) - torch.maximum(box[:, :2], region[:, :2])
+        share = overlap.clamp(min=0).prod(dim=-1) / (box[:, 2:] - box[:, :2]).prod(dim=-1)
+        self.sums += torch.stack([share.double().sum(), torch.tensor(len(images)).to(share)])
+
+    def mean(self) -> float:
+        total, count = utils.sum_over_ranks(self.sums).tolist()
+        return 100 * total / count
+
+
+def mode_exits(session: Session) -> None:
+    """Mode 0: all images to every exit."""
+    dataset, extra = session.dataset(session.args.split), {}
+    coverage = Coverage(session.args.boxes, dataset, session) if session.args.boxes else None
+    on_batch = {"on_batch": coverage.add} if coverage else {}
+    predictions = predict(session.model, session.loader(dataset), session.precision, **on_batch)
+    accuracy = show_exits(session, predictions)
+    if coverage:
+        extra["region_coverage"] = coverage.mean()
+        if session.context.is_main:
+            print(f"\nthe region covers {extra['region_coverage']:.1f} % of an object's box on average")
+    store(session, utils.Results(flops=session.gflops, anytime_classification=accuracy), extra)
+
+
+def mode_sweep(session: Session) -> None:
+    """Mode 1: thresholds 0.00, 0.01, ... 1.00 from one pass over the data."""
+    predictions = predict(
+        session.model, session.loader(session.dataset(session.args.split)), session.precision
+    )
+    accuracy = show_exits(session, predictions)
+    thresholds = uniform_thresholds(101, session.model.num_exits)
+    curve = operating_points(predictions, thresholds, session.gflops)
+    if session.context.is_main:
+        rows = [
+            [f"{t / 100:.2f}", curve.gflops[t].item(), curve.accuracy[t].item()]
+            + [100 * share for share in curve.shares[t].tolist()]
+            for t in range(0, 101, 5)
+        ]
+        leaving = [f"{stage} %" for stage in session.model.stage_names]
+        show("early exit by threshold", ["threshold", "mean GFLOPs", "top-1 %", *leaving], rows)
+    budgeted = [curve.gflops.tolist(), curve.accuracy.tolist()]
+    store(session, utils.Results(session.gflops, accuracy, budgeted), {})
+
+
+def mode_timed(session: Session) -> None:
+    """Mode 2: early exit for real, later stages only for the images that need them."""
+    args, model, device = session.args, session.model, session.context.device
+    loader, tally = session.loader(session.dataset(args.split)), torch.zeros(model.num_exits + 1).to(device)
+
+    def run(images: Tensor, target: Tensor) -> None:
+        with session.precision.autocast():
+            logits, exits = early_exit(model, images, session.thresholds())
+        tally[:-1] += torch.bincount(exits, minlength=model.num_exits)
+        tally[-1] += (logits.argmax(dim=-1) == target).sum()
+
+    plain = utils.create_model(args.baseline, {"num_classes": model.num_classes}) if args.baseline else None
+    baseline_gflops = exit_gflops(plain)[-1] if plain else None
+    if plain:
+        if plain.img_size != model.img_size:
+            raise ValueError(
+                f"--baseline {args.baseline} takes {plain.img_size} pixels, the model {model.img_size}"
+            )
+        plain.to(device).eval()
+
+    @torch.inference_mode()
+    def run_plain(images: Tensor, target: Tensor) -> None:
+        with session.precision.autocast():
+            plain(images)
+
+    ours, theirs = [], []
+    for _ in range(args.repeats):
+        ours.append(time_pass(run, loader, device, args.warmup))
+        if plain:
+            theirs.append(time_pass(run_plain, loader, device, args.warmup))
+
+    tally = utils.sum_over_ranks(tally).double()
+    # Warm-up batches are in the tally too, always the same ones; shares are of what was run.
+    shares = (tally[:-1] / tally[:-1].sum()).tolist()
+    accuracy = 100 * (tally[-1] / tally[:-1].sum()).item()
+    mean_gflops = sum(share * cost for share, cost in zip(shares, session.gflops, strict=True))
+    rows = [["early exit", mean_gflops, *speeds(ours, session.context)]]
+    if plain:
+        rows.append([args.baseline, baseline_gflops, *speeds(theirs, session.context)])
+    extra = {
+        "threshold": args.threshold,
+        "exit_shares": shares,
+        "accuracy": accuracy,
+        "mean_gflops": mean_gflops,
+        "images_per_second": rows[0][2],
+        "images_per_second_end_to_end": rows[0][4],
+    }
+    if plain:
+        extra["baseline"] = {
+            "model": args.baseline,
+            "gflops": baseline_gflops,
+            "images_per_second": rows[1][2],
+        }
+        extra["speedup"] = rows[0][2] / rows[1][2]
+    if session.context.is_main:
+        leaving = ", ".join(
+            f"{100 * s:.1f} % {name}" for s, name in zip(shares, model.stage_names, strict=True)
+        )
+        print(f"\nthreshold {args.threshold}: top-1 {accuracy:.2f} %; leaving at {leaving}")
+        header = ["", "GFLOPs", "images/s in the model", "spread", "images/s with loading", "spread"]
+        show(f"median of {args.repeats} passes, batch {args.batch_size}, {describe(device)}", header, rows)
+        if plain:
+            saved = baseline_gflops / mean_gflops
+            print(f"\nspeed-up {extra['speedup']:.2f}x over {args.baseline}, GFLOPs saved {saved:.2f}x")
+    store(session, utils.Results(flops=session.gflops), {"timed": extra})
+
+
+def speeds(passes: list, context: utils.Context) -> list[Any]:
+    """Median and spread of images/s inside the model and in all, over all processes."""
+    table = torch.tensor([[p.images / p.model, p.images / p.total] for p in passes], dtype=torch.float64)
+    table = utils.sum_over_ranks(table.to(context.device, torch.float32)).cpu()
+    cells: list[Any] = []
+    for column in table.T.tolist():
+        cells += [statistics.median(column), f"{min(column):.4g}-{max(column):.4g}"]
+    return cells
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def mode_budget(session: Session) -> None:
+    """--budget: a threshold from one half of the data, or from another split, tried on the rest."""
+    args = session.args
+    tested = session.dataset(args.split)
+    if args.calibration:
+        calibration = session.dataset(args.calibration)
+    else:
+        calibration, tested = (Subset(tested, range(first, len(tested), 2)) for first in (0, 1))
+    known = predict(session.model, session.loader(calibration), session.precision)
+    threshold = budget_threshold(known, session.gflops, args.budget)
+    new = predict(session.model, session.loader(tested), session.precision)
+    rows, found = [], {"budget": args.budget, "threshold": threshold}
+    for title, predictions in (("calibration", known), ("test", new)):
+        row = torch.full((1, session.model.num_exits - 1), threshold)
+        curve = operating_points(predictions, row, session.gflops)
+        rows.append([title, len(predictions.correct), curve.gflops.item(), curve.accuracy.item()])
+        found[title] = {"mean_gflops": curve.gflops.item(), "accuracy": curve.accuracy.item()}
+    if session.context.is_main:
+        header = ["split", "images", "mean GFLOPs", "top-1 %"]
+        show(f"budget {args.budget} GFLOPs: threshold {threshold:.4f}", header, rows)
+    store(session, utils.Results(), {"budget": found})
+
+
+def mode_images(session: Session) -> None:
+    """--images: one line of CSV per picture."""
+    args, model = session.args, session.model
+    dataset = datasets.Files(args.images, datasets.eval_transform(model.img_size, session.config))
+    loader, names = session.loader(dataset), session.checkpoint.get("class_names")
+    lines: list[tuple[int, list]] = []
+    for images, numbers in loader:
+        images = images.to(session.context.device)
+        found: list[list] = [[] for _ in images]
+        for step in cascade(model, images, session.thresholds()):
+            sure, best = confidence(step.output.logits).tolist(), step.output.logits.argmax(dim=-1).tolist()
+            regions = step.output.info.get("region")
+            for at, row in enumerate(step.rows.tolist()):
+                label = names[best[at]] if names else best[at]
+                box = ""
+                if regions is not None:
+                    region = [value * model.patch_size for value in regions[at].tolist()]
+                    box = " ".join(
+                        map(
+                            str,
+                            dataset.in_original(int(numbers[row]), region, model.img_size, session.config),
+                        )
+                    )
+                found[row] = [label, f"{sure[at]:.4f}", model.stage_names[step.exit]]
+                found[row] += [f"{session.gflops[step.exit]:.4f}", box]
+        lines += [(number, cells) for number, cells in zip(numbers.tolist(), found, strict=True)]
+    merged = sorted(line for part in utils.gather(lines) for line in part)
+    if not session.context.is_main:
+        return
+    table = [["file", "class", "confidence", "exit", "GFLOPs", "region"]]
+    table += [[str(dataset.paths[number]), *cells] for number, cells in merged]
+    if args.output:
+        utils.write_atomically(Path(args.output), lambda path: write_csv(table, path))
+        log.info("%d predictions written to %s", len(merged), args.output)
+    else:
+        csv.writer(sys.stdout).writerows(table)
+
+
+def write_csv(table: list[list], path: Path) -> None:
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows(table)
+
+
+def mode_stored(args: argparse.Namespace) -> None:
+    """Mode 3: what the checkpoint holds; needs neither data nor a model."""
+    checkpoint = utils.load_checkpoint(args.checkpoint_path)
+    results = utils.Results.of(utils.load_json(args.results) if args.results else checkpoint)
+    print(f"{args.checkpoint_path}: {checkpoint.get('model_name', 'no model name')}")
+    for name in ("epoch", "best", "model_kwargs", "data_config"):
+        if name in checkpoint:
+            print(f"{name}: {checkpoint[name]}")
+    print(f"flops: {results.flops}\nanytime_classification: {results.anytime_classification}")
+    if results.budgeted_batch_classification:
+        rows = [list(row) for row in zip(*results.budgeted_batch_classification, strict=True)]
+        show("budgeted_batch_classification", ["GFLOPs", "top-1 %"], rows)
+    else:
+        print("budgeted_batch_classification: None")
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    utils.check_range("--threshold", args.threshold, 0, 1)
+    for name in ("batch_size", "repeats"):
+        utils.check_range(f"--{name}", getattr(args, name), 1)
+    context = utils.start(args.device)
+    utils.start_logging(context)
+    if args.eval_mode == 3 and not args.images and args.budget is None:
+        return mode_stored(args) if context.is_main else None
+    session = open_session(args, context)
+    if args.images:
+        mode_images(session)
+    elif args.budget is not None:
+        mode_budget(session)
+    else:
+        (mode_exits, mode_sweep, mode_timed)[args.eval_mode](session)
+
+
+if __name__ == "__main__":
+    utils.run_command(main)
