@@ -1,6 +1,7 @@
 """Image folders, CIFAR and iNaturalist as training and evaluation loaders. Nothing here knows a method."""
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,15 @@ class Files(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = load_image(self.paths[index])
         return (self.transform(image) if self.transform else image), index
+
+    def in_original(self, index: int, box: list[int], img_size: int, config: dict[str, Any]) -> list[int]:
+        """Turns left, top, right, bottom in model input into pixels of the picture on disk."""
+        with Image.open(self.paths[index]) as image:
+            sides = image.size
+        scale = min(sides) / math.floor(img_size / config["crop_pct"])  # of eval_transform's resize
+        offsets = [(side / scale - img_size) / 2 for side in sides]
+        moved = [(value + offsets[at % 2]) * scale for at, value in enumerate(box)]
+        return [round(min(max(value, 0), sides[at % 2])) for at, value in enumerate(moved)]
 
 
 def is_image(path: Path) -> bool:

@@ -136,11 +136,8 @@ def show(title: str, header: list[str], rows: list[list[Any]]) -> None:
     widths = [max(len(row[at]) for row in cells) for at in range(len(header))]
     print(f"\n{title}")
     for row in cells:
-        print(
-            "  ".join(
-                cell.ljust(w) if at == 0 else cell.rjust(w) for at, (cell, w) in enumerate(zip(row, widths))
-            )
-        )
+        padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  ".join([row[0].ljust(widths[0]), *padded[1:]]))
 
 
 def store(session: Session, results: utils.Results, extra: dict[str, Any]) -> None:
@@ -155,9 +152,7 @@ def store(session: Session, results: utils.Results, extra: dict[str, Any]) -> No
         utils.save_json(old | results.known() | extra, path)
         log.info("results written to %s", path)
     elif results.known():
-        if args.checkpoint_path.endswith(".safetensors"):
-            return log.info("a safetensors file takes no results; name a file with --results to keep them")
-        utils.save_checkpoint(session.checkpoint | results.known(), Path(args.checkpoint_path))
+        utils.add_to_checkpoint(Path(args.checkpoint_path), results.known())
         log.info("results written into %s", args.checkpoint_path)
 
 
@@ -255,13 +250,12 @@ def mode_sweep(session: Session) -> None:
 def mode_timed(session: Session) -> None:
     """Mode 2: early exit for real, later stages only for the images that need them."""
     args, model, device = session.args, session.model, session.context.device
-    loader, tally = session.loader(session.dataset(args.split)), torch.zeros(model.num_exits + 1).to(device)
+    loader = session.loader(session.dataset(args.split))
 
-    def run(images: Tensor, target: Tensor) -> None:
+    def run(images: Tensor, target: Tensor) -> Tensor:
         with session.precision.autocast():
             logits, exits = early_exit(model, images, session.thresholds())
-        tally[:-1] += torch.bincount(exits, minlength=model.num_exits)
-        tally[-1] += (logits.argmax(dim=-1) == target).sum()
+        return torch.stack([exits, logits.argmax(dim=-1) == target])
 
     plain = utils.create_model(args.baseline, {"num_classes": model.num_classes}) if args.baseline else None
     baseline_gflops = exit_gflops(plain)[-1] if plain else None
@@ -273,9 +267,9 @@ def mode_timed(session: Session) -> None:
         plain.to(device).eval()
 
     @torch.inference_mode()
-    def run_plain(images: Tensor, target: Tensor) -> None:
+    def run_plain(images: Tensor, target: Tensor) -> Tensor:
         with session.precision.autocast():
-            plain(images)
+            return plain(images)[0].logits[:0]
 
     ours, theirs = [], []
     for _ in range(args.repeats):
@@ -283,10 +277,10 @@ def mode_timed(session: Session) -> None:
         if plain:
             theirs.append(time_pass(run_plain, loader, device, args.warmup))
 
-    tally = utils.sum_over_ranks(tally).double()
-    # Warm-up batches are in the tally too, always the same ones; shares are of what was run.
-    shares = (tally[:-1] / tally[:-1].sum()).tolist()
-    accuracy = 100 * (tally[-1] / tally[:-1].sum()).item()
+    exits, correct = torch.cat([torch.zeros(2, 0, dtype=torch.int64, device=device), *ours[0].outputs], dim=1)
+    tally = torch.cat([torch.bincount(exits, minlength=model.num_exits), correct.sum()[None]])
+    *left, right = utils.sum_over_ranks(tally).tolist()
+    shares, accuracy = [count / sum(left) for count in left], 100 * right / sum(left)
     mean_gflops = sum(share * cost for share, cost in zip(shares, session.gflops, strict=True))
     rows = [["early exit", mean_gflops, *speeds(ours, session.context)]]
     if plain:
@@ -321,8 +315,7 @@ def mode_timed(session: Session) -> None:
 
 def speeds(passes: list, context: utils.Context) -> list[Any]:
     """Median and spread of images/s inside the model and in all, over all processes."""
-    table = torch.tensor([[p.images / p.model, p.images / p.total] for p in passes], dtype=torch.float64)
-    table = utils.sum_over_ranks(table.to(context.device, torch.float32)).cpu()
+    table = utils.sum_over_ranks(torch.tensor([p.rates() for p in passes], device=context.device)).cpu()
     cells: list[Any] = []
     for column in table.T.tolist():
         cells += [statistics.median(column), f"{min(column):.4g}-{max(column):.4g}"]
@@ -375,12 +368,8 @@ def mode_images(session: Session) -> None:
                 box = ""
                 if regions is not None:
                     region = [value * model.patch_size for value in regions[at].tolist()]
-                    box = " ".join(
-                        map(
-                            str,
-                            dataset.in_original(int(numbers[row]), region, model.img_size, session.config),
-                        )
-                    )
+                    region = dataset.in_original(int(numbers[row]), region, model.img_size, session.config)
+                    box = " ".join(map(str, region))
                 found[row] = [label, f"{sure[at]:.4f}", model.stage_names[step.exit]]
                 found[row] += [f"{session.gflops[step.exit]:.4f}", box]
         lines += [(number, cells) for number, cells in zip(numbers.tolist(), found, strict=True)]

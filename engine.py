@@ -260,15 +260,27 @@ def synchronize(device: torch.device) -> None:
 
 
 class Timing(NamedTuple):
-    """One pass over a loader: images seen, seconds inside the model, seconds in all."""
+    """One pass over a loader.
+
+    Attributes:
+        images: how many were seen.
+        model: seconds inside the model.
+        total: seconds in all, loading and transfer included.
+        outputs: what the model's runs returned, batch by batch.
+    """
 
     images: int
     model: float
     total: float
+    outputs: list[Tensor]
+
+    def rates(self) -> tuple[float, float]:
+        """Images per second inside the model and in all; 0 for an empty pass."""
+        return (self.images / self.model, self.images / self.total) if self.images else (0.0, 0.0)
 
 
 def time_pass(
-    run: Callable[[Tensor, Tensor], None], loader: DataLoader, device: torch.device, warmup: int
+    run: Callable[[Tensor, Tensor], Tensor], loader: DataLoader, device: torch.device, warmup: int
 ) -> Timing:
     """Times `run(images, target)` over a data set.
 
@@ -278,7 +290,7 @@ def time_pass(
         device: waited for before the clock is read.
         warmup: untimed runs on the first batch.
     """
-    images_seen, inside = 0, 0.0
+    seen, inside, outputs = 0, 0.0, []
     for batch in loader:
         for _ in range(warmup):
             run(*to_device(batch, device))
@@ -289,8 +301,8 @@ def time_pass(
         images, target = to_device(batch, device)
         synchronize(device)
         entered = time.perf_counter()
-        run(images, target)
+        outputs.append(run(images, target))
         synchronize(device)
         inside += time.perf_counter() - entered
-        images_seen += len(images)
-    return Timing(images_seen, inside, time.perf_counter() - start)
+        seen += len(images)
+    return Timing(seen, inside, time.perf_counter() - start, outputs)

@@ -131,7 +131,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         utils.check_range(f"--{name.replace('_', '-')}", getattr(args, name), 1)
     if (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax) and args.batch_size % 2:
         raise ValueError(
-            f"--batch-size {args.batch_size} is odd: mixup pairs images, take an even one or --mixup 0 --cutmix 0"
+            f"--batch-size {args.batch_size} is odd and mixup pairs images:"
+            " take an even one, or --mixup 0 --cutmix 0"
         )
     if args.eval and not args.resume:
         raise ValueError("--eval needs the checkpoint to evaluate: --resume FILE")

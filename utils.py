@@ -15,7 +15,7 @@ import numpy as np
 import timm
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, safe_open
+from safetensors.torch import load_file
 from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -266,6 +266,37 @@ def load_json(path: str | Path) -> Any:
         raise ValueError(f"{path} is not a JSON file ({error})") from error
 
 
+def read_file(path: Path) -> dict[str, Any]:
+    """A checkpoint file as it is; tensors on the CPU, no code run."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # published files keep their arguments so
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises nearly anything on a broken file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} is not a readable checkpoint ({reason[:150]})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not a checkpoint")
+    return found
+
+
+def add_to_checkpoint(path: Path, values: dict[str, Any]) -> None:
+    """Puts keys into a checkpoint file and leaves the others as they are.
+
+    Raises:
+        ValueError: the file has another layout than `model` plus other keys.
+    """
+    found = read_file(path)
+    if not isinstance(found.get("model"), dict):
+        raise ValueError(f"{path} takes no results (it has no key `model`): name a JSON file with --results")
+    save_checkpoint(found | values, path)
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint or a safetensors file without running any code it may hold.
 
@@ -277,23 +308,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a checkpoint, or needs more than tensors and plain values.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                extra = json.loads((file.metadata() or {}).get("checkpoint", "{}"))
-            return extra | {"model": load_file(path)}
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # published files keep their arguments so
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises nearly anything on a broken file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is not a readable checkpoint ({reason[:150]})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}, not a checkpoint")
+    found = read_file(Path(path))
     for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(found.get(key), dict):
             return found | {"model": clean_names(found[key])}

@@ -35,7 +35,7 @@ class Explained(NamedTuple):
     Attributes:
         image: [S,S,3] uint8, the model's input.
         attention: [g,g] class attention of the first stage, or None.
-        kept: [s,s] bool, which patches the last stage saw at full resolution, or None where it was not needed.
+        kept: [s,s] bool, which patches the last stage saw at full resolution; None if it was not needed.
         box: left, top, right, bottom of the region in input pixels, or None.
         exit: where the image left.
         predicted: class number.
@@ -130,7 +130,7 @@ def dim(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 
 def picture(item: Explained, stage_names: tuple[str, ...], classes: list[str] | None = None) -> Image.Image:
-    """Input with its region, attention and refined patches side by side, under a line that tells the outcome."""
+    """Input with its region, attention and refined patches side by side, under a line with the outcome."""
     factor = max(1, PANEL // len(item.image))
     panels = [Image.fromarray(enlarge(item.image, factor))]
     if item.box is not None:
