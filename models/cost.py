@@ -33,14 +33,15 @@ def attention_macs(inputs: list, outputs: list) -> Counter:
 
 
 class StageRunner(nn.Module):
-    """One stage with tensors in and tensors out, as tracing wants it."""
+    """One stage with tensors in and tensors out; tracing drops the work for what is not returned."""
 
     def __init__(self, model: Adaptive, k: int, names: list[str]):
         super().__init__()
         self.model, self.k, self.names = model, k, names
 
-    def forward(self, images: Tensor, *info: Tensor) -> Tensor:
-        return self.model.stage(self.k, images, dict(zip(self.names, info, strict=True))).logits
+    def forward(self, images: Tensor, *info: Tensor) -> list[Tensor]:
+        output = self.model.stage(self.k, images, dict(zip(self.names, info, strict=True)))
+        return [output.logits, *output.info.values()]
 
 
 @torch.no_grad()

@@ -1,0 +1,85 @@
+"""What several tests need: reference cases, and the commands as a shell or this process runs them."""
+
+import json
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+VECTORS = Path(__file__).parent / "vectors"
+
+
+def draw(key: str, entry: list, seed: int) -> np.ndarray:
+    """One tensor of a case: weights are not stored, they follow from their name and the seed."""
+    shape, mean, std, *dtype = entry
+    if dtype:
+        return np.zeros(shape, dtype[0])
+    generator = np.random.RandomState((zlib.crc32(key.encode()) + seed) % 2**32)
+    value = (generator.standard_normal(tuple(shape)) * std + mean).astype(np.float32)
+    return np.abs(value) + np.float32(0.1) if key.endswith("running_var") else value
+
+
+def load_case(stem: str) -> tuple[dict[str, Any], dict[str, Tensor], Tensor, dict[str, np.ndarray]]:
+    """Reads a case of tests/vectors: its description, state dict, images [B,3,S,S] and stored tensors."""
+    path = VECTORS / stem
+    meta, tensors = json.loads(path.with_suffix(".json").read_text()), load_file(f"{path}.safetensors")
+    weights = {
+        key: torch.from_numpy(np.asarray(draw(key, entry, meta["seed"])))
+        for key, entry in meta["weights"].items()
+    }
+    blocks = tensors["input.image_blocks"].astype(np.float32) * np.float32(meta["image_scale"])
+    image = blocks.repeat(meta["block_factor"], axis=2).repeat(meta["block_factor"], axis=3)
+    return meta, weights, torch.from_numpy(image), tensors
+
+
+def run(*argv: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs this Python on the given arguments from the repository's root."""
+    return subprocess.run(
+        [sys.executable, *map(str, argv)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+class Ended(NamedTuple):
+    """How a command ended: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Command:
+    """Calls a command's `main` in this process, which saves the seconds of importing everything again."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def __call__(self, name: str, *argv: object) -> Ended:
+        import utils
+
+        module, code = __import__(name), 0
+        self.capsys.readouterr()
+        self.monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
+        try:
+            utils.run_command(module.main)
+        except SystemExit as end:
+            code = end.code
+        finally:  # the handlers hold this test's standard error
+            for handler in utils.log.handlers[:]:
+                utils.log.removeHandler(handler)
+                handler.close()
+            utils.log.propagate = True
+        return Ended(code, *self.capsys.readouterr())
