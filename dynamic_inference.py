@@ -9,10 +9,12 @@ import csv
 import os
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tabulate import tabulate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -98,6 +100,20 @@ class Session(NamedTuple):
             dataset, self.args.batch_size, workers, context.rank, context.world, pin_memory=pinned
         )
 
+    def predict(
+        self, dataset: Dataset, on_batch: Callable[[Tensor, list], None] | None = None
+    ) -> Predictions:
+        """All exits on a labelled data set, with a progress bar."""
+        loader = self.loader(dataset)
+        with utils.progress(len(loader.dataset)) as bar:
+
+            def seen(images: Tensor, outputs: list) -> None:
+                bar.update(len(images))
+                if on_batch:
+                    on_batch(images, outputs)
+
+            return predict(self.model, loader, self.precision, seen)
+
     def thresholds(self) -> list[float]:
         return [self.args.threshold] * (self.model.num_exits - 1)
 
@@ -129,15 +145,8 @@ def check_flops(stored: list[float] | None, counted: list[float]) -> None:
 
 
 def show(title: str, header: list[str], rows: list[list[Any]]) -> None:
-    """Prints a table, right-aligned but for its first column."""
-    cells = [header] + [
-        [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows
-    ]
-    widths = [max(len(row[at]) for row in cells) for at in range(len(header))]
-    print(f"\n{title}")
-    for row in cells:
-        padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        print("  ".join([row[0].ljust(widths[0]), *padded[1:]]))
+    """Prints a table."""
+    print(f"\n{title}\n{tabulate(rows, header, floatfmt='.4g')}")
 
 
 def store(session: Session, results: utils.Results, extra: dict[str, Any]) -> None:
@@ -217,8 +226,7 @@ def mode_exits(session: Session) -> None:
     """Mode 0: all images to every exit."""
     dataset, extra = session.dataset(session.args.split), {}
     coverage = Coverage(session.args.boxes, dataset, session) if session.args.boxes else None
-    on_batch = {"on_batch": coverage.add} if coverage else {}
-    predictions = predict(session.model, session.loader(dataset), session.precision, **on_batch)
+    predictions = session.predict(dataset, coverage.add if coverage else None)
     accuracy = show_exits(session, predictions)
     if coverage:
         extra["region_coverage"] = coverage.mean()
@@ -229,9 +237,7 @@ def mode_exits(session: Session) -> None:
 
 def mode_sweep(session: Session) -> None:
     """Mode 1: thresholds 0.00, 0.01, ... 1.00 from one pass over the data."""
-    predictions = predict(
-        session.model, session.loader(session.dataset(session.args.split)), session.precision
-    )
+    predictions = session.predict(session.dataset(session.args.split))
     accuracy = show_exits(session, predictions)
     thresholds = uniform_thresholds(101, session.model.num_exits)
     curve = operating_points(predictions, thresholds, session.gflops)
@@ -336,9 +342,9 @@ def mode_budget(session: Session) -> None:
         calibration = session.dataset(args.calibration)
     else:
         calibration, tested = (Subset(tested, range(first, len(tested), 2)) for first in (0, 1))
-    known = predict(session.model, session.loader(calibration), session.precision)
+    known = session.predict(calibration)
     threshold = budget_threshold(known, session.gflops, args.budget)
-    new = predict(session.model, session.loader(tested), session.precision)
+    new = session.predict(tested)
     rows, found = [], {"budget": args.budget, "threshold": threshold}
     for title, predictions in (("calibration", known), ("test", new)):
         row = torch.full((1, session.model.num_exits - 1), threshold)

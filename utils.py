@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor, nn
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from models import Adaptive
 
@@ -37,8 +36,7 @@ def run_command(main: Callable[[], None]) -> None:
     """Runs a command; bad input becomes one line on stderr and exit code 2, a failure of its own code 1."""
     name = Path(sys.argv[0]).name
     try:
-        with logging_redirect_tqdm([log]):
-            main()
+        main()
     except (ValueError, OSError) as error:
         # A data loader's worker hands its exception on as a traceback: the last line says what happened.
         text = str(error).strip()
@@ -175,12 +173,19 @@ def gather(value: Any) -> list[Any]:
 # Logging
 
 
+class AboveBar(logging.Handler):
+    """Prints lines on stderr without tearing a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def start_logging(context: Context, file: Path | None = None) -> None:
     """Main process: lines on stderr, and in `file`; the others are silent below warnings."""
     log.handlers.clear()
     log.propagate = False
     log.setLevel(logging.INFO if context.is_main else logging.WARNING)
-    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    handlers: list[logging.Handler] = [AboveBar()]
     if file and context.is_main:
         handlers.append(logging.FileHandler(file))
     for handler in handlers:
@@ -392,10 +397,7 @@ def initialise_from(model: Adaptive, path: str) -> None:
         raise ValueError(f"--finetune {path}: none of its {len(state)} tensors fits the model")
     model.load_state_dict(fits, strict=False)
     log.info("initialised %d of %d tensors from %s", len(fits), len(own), path)
-    for what, names in (
-        ("not in the file", own.keys() - fits.keys()),
-        ("not used", state.keys() - fits.keys()),
-    ):
+    for what, names in (("as initialised", own.keys() - fits), ("not used", state.keys() - fits)):
         if names:
             log.info("%s: %s", what, ", ".join(sorted(names)))
 

@@ -17,7 +17,9 @@ PASS = {"focus": 6.0, "coverage": 90.0, "accuracy": 99.0, "cost": 75.0}
 def cheapest(results: utils.Results, share: float) -> int:
     """Number of the lowest threshold whose accuracy is at least `share` of the last exit's."""
     wanted = share * results.anytime_classification[-1]
-    return next(i for i, accuracy in enumerate(results.budgeted_batch_classification[1]) if accuracy >= wanted)
+    return next(
+        i for i, accuracy in enumerate(results.budgeted_batch_classification[1]) if accuracy >= wanted
+    )
 
 
 def main() -> None:
@@ -47,13 +49,21 @@ def main() -> None:
     marks = [
         ["focus above location, points", gain, f">= {PASS['focus']:g}", gain >= PASS["focus"]],
         ["region covers of the digit, %", stored["region_coverage"], f">= {PASS['coverage']:g}"],
-        [f"cost at threshold {chosen / 100:.2f}, % of both stages", cost, f"<= {PASS['cost']:g}", cost <= PASS["cost"]],
+        [
+            f"cost at threshold {chosen / 100:.2f}, % of both stages",
+            cost,
+            f"<= {PASS['cost']:g}",
+            cost <= PASS["cost"],
+        ],
         ["accuracy there, % of both stages", kept, f">= {PASS['accuracy']:g}", kept >= PASS["accuracy"]],
     ]
     marks[1].append(marks[1][1] >= PASS["coverage"])
     for mark in marks:
         mark[3] = "reached" if mark[3] else "MISSED"
-    print("\n" + tabulate(marks, ["pass marks (threshold chosen on val)", "found", "wanted", ""], floatfmt=".1f"))
+    print(
+        "\n"
+        + tabulate(marks, ["pass marks (threshold chosen on val)", "found", "wanted", ""], floatfmt=".1f")
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,635 @@
+"""Tests of the three commands: what they print, what they store, how they fail."""
+
+import csv
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from cases import Command, Ended, run
+from PIL import Image
+from torch import Tensor
+
+import datasets
+import main_deit
+import utils
+from models.cost import exit_gflops
+
+THRESHOLD = 0.3
+TRAIN = "--model lf_deit_nano --epochs 2 --batch-size 32 --device cpu --num_workers 0".split()
+
+
+class Answers(NamedTuple):
+    """What a plain forward pass over the validation images says, the oracle of all modes.
+
+    Attributes:
+        confidence: [n,2].
+        predicted: [n,2].
+        label: [n].
+        gflops: cumulative cost of both exits.
+    """
+
+    confidence: Tensor
+    predicted: Tensor
+    label: Tensor
+    gflops: list[float]
+
+    def exits(self, threshold: float) -> list[int]:
+        return [0 if first >= threshold else 1 for first in self.confidence[:, 0]]
+
+    def accuracy(self, threshold: float, images: slice = slice(None)) -> float:
+        rows = list(zip(self.exits(threshold), self.predicted, self.label, strict=True))[images]
+        return 100 * sum(int(guess[k] == label) for k, guess, label in rows) / len(rows)
+
+    def cost(self, threshold: float, images: slice = slice(None)) -> float:
+        costs = [self.gflops[k] for k in self.exits(threshold)][images]
+        return sum(costs) / len(costs)
+
+
+@pytest.fixture(scope="module")
+def answers(folder: Path, sharp: Path) -> Answers:
+    checkpoint = utils.load_checkpoint(sharp)
+    model, *_ = utils.model_from_checkpoint(checkpoint, "sharp", None, {})
+    data = datasets.build_dataset(
+        "IMNET", folder, "val", datasets.eval_transform(56, checkpoint["data_config"])
+    )
+    with torch.no_grad():
+        outputs = model.eval()(torch.stack([image for image, _ in data]))
+    logits = torch.stack([out.logits for out in outputs], dim=1)
+    found = Answers(
+        logits.softmax(dim=-1).amax(dim=-1),
+        logits.argmax(dim=-1),
+        torch.tensor(data.targets),
+        exit_gflops(model),
+    )
+    assert 5 < sum(found.exits(THRESHOLD)) < 35 and found.accuracy(0) != found.accuracy(1)  # worth testing on
+    assert (found.confidence[:, :1] - torch.linspace(0, 1, 101)).abs().min() > 1e-6  # no tie with a threshold
+    return found
+
+
+@pytest.fixture
+def checkpoint(sharp: Path, tmp_path: Path) -> Path:
+    """A copy that the test may write to."""
+    return Path(shutil.copy(sharp, tmp_path / "checkpoint.pth"))
+
+
+def infer(
+    mode: int, folder: Path, checkpoint: Path, batch_size: int = 40, threshold: float = THRESHOLD
+) -> list:
+    """The arguments of dynamic_inference.py, as its users write them."""
+    return (
+        f"--eval-mode {mode} --data_url {folder} --batch_size {batch_size} --model lf_deit_nano"
+        f" --checkpoint_path {checkpoint} --threshold {threshold}"
+    ).split()
+
+
+def table_of(out: str, title: str) -> list[list[str]]:
+    """Rows of a printed table, the header first."""
+    lines = out.split(title, 1)[1].splitlines()[1:]
+    rows = [re.split(r"\s{2,}", line.strip()) for line in lines]
+    return rows[: rows.index([""])] if [""] in rows else rows
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def same(first: object, second: object) -> bool:
+    """Whether two nested structures hold the same numbers, to the last bit."""
+    if isinstance(first, Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second
+
+
+def log_of(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+
+
+# Training
+
+
+def test_training_leaves_checkpoints_and_logs(folder: Path, trained: Path) -> None:
+    entries = log_of(trained)
+    assert [entry["epoch"] for entry in entries] == [0, 1]
+    assert all(np.isfinite(value) for entry in entries for value in entry.values())
+    assert all(
+        entry["train_loss"] == pytest.approx(entry["train_fine_ce"] + entry["train_coarse_kl"], abs=1e-5)
+        for entry in entries
+    )
+    saved = utils.load_checkpoint(trained / "checkpoint.pth")
+    assert saved["epoch"] == 1
+    assert saved["model_name"] == "lf_deit_nano" and saved["model_kwargs"]["num_classes"] == 4
+    assert saved["class_names"] == ["amber", "blue", "coral", "dusk"]
+    assert saved["data_config"] == datasets.DATA_CONFIG
+    assert saved["best"] == max(entry["test_exit1_acc1"] for entry in entries)
+    assert utils.load_checkpoint(trained / "model_best.pth")["epoch"] in (0, 1)
+    assert list((trained / "tensorboard").iterdir())
+    assert not [path for path in trained.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_first_and_last_learning_rate(trained: Path) -> None:
+    """Warm-up begins at 1e-6; the schedule of 2 x 2 updates ends at --min-lr."""
+    assert log_of(trained)[0]["train_lr"] == pytest.approx(1e-6)
+    saved = utils.load_checkpoint(trained / "checkpoint.pth")["optimizer"]["param_groups"]
+    assert all(group["lr"] == pytest.approx(1e-5) for group in saved)
+
+
+def test_evaluation_repeats_the_log(command: Command, folder: Path, trained: Path) -> None:
+    ended = command(
+        "main_deit", *TRAIN, "--data-path", folder, "--eval", "--resume", trained / "checkpoint.pth"
+    )
+    assert ended.code == 0
+    entry = log_of(trained)[-1]
+    printed = dict(re.findall(r"(test_\w+) ([\d.]+)$", ended.err, re.MULTILINE))
+    assert printed == {key: f"{value:.3f}" for key, value in entry.items() if key.startswith("test_")}
+
+
+def test_training_goes_on_for_another_epoch(
+    command: Command, folder: Path, trained: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "more"
+    shutil.copytree(trained, output)
+    arguments = ["--data-path", folder, "--output_dir", output, "--resume", output / "checkpoint.pth"]
+    ended = command("main_deit", *TRAIN, *arguments, "--epochs", 3)
+    assert ended.code == 0, ended.err
+    assert [entry["epoch"] for entry in log_of(output)] == [0, 1, 2]
+    assert log_of(output)[:2] == log_of(trained)
+    before, after = (utils.load_checkpoint(root / "checkpoint.pth") for root in (trained, output))
+    assert after["epoch"] == 2
+    assert after["optimizer"]["state"][0]["step"] == 6  # of 2 per epoch
+    assert not same(before["model"], after["model"]) and not same(before["model_ema"], after["model_ema"])
+
+
+def test_interrupted_run_ends_like_an_uninterrupted_one(
+    command: Command, folder: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    arguments = [*TRAIN, "--data-path", folder, "--output_dir", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(main_deit.Run, "write", stop)
+        assert command("main_deit", *arguments).code == 130
+    path = tmp_path / "run" / "checkpoint.pth"
+    assert utils.load_checkpoint(path)["epoch"] == 0
+    ended = command("main_deit", *arguments, "--resume", path)
+    assert ended.code == 0, ended.err
+    whole, resumed = (utils.load_checkpoint(file) for file in (trained / "checkpoint.pth", path))
+    for key in ("model", "model_ema", "optimizer", "lr_scheduler", "epoch", "best", "rng"):
+        assert same(whole[key], resumed[key]), key
+    assert log_of(tmp_path / "run") == log_of(trained)[1:]
+
+
+def test_finished_run_is_left_alone(command: Command, folder: Path, trained: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(trained, output)
+    before = (output / "checkpoint.pth").read_bytes()
+    arguments = ["--data-path", folder, "--output_dir", output, "--resume", output / "checkpoint.pth"]
+    assert command("main_deit", *TRAIN, *arguments).code == 0
+    assert (output / "checkpoint.pth").read_bytes() == before
+
+
+def test_finetuning_starts_from_the_given_weights(
+    command: Command, folder: Path, sharp: Path, tmp_path: Path
+) -> None:
+    """With a learning rate of nothing, what comes out is what went in."""
+    still = "--epochs 1 --lr 0 --min-lr 0 --warmup-lr 0 --no-model-ema --picture-freq 0".split()
+    arguments = ["--data-path", folder, "--output_dir", tmp_path, "--finetune", sharp]
+    ended = command("main_deit", *TRAIN, *still, *arguments)
+    assert ended.code == 0, ended.err
+    found, given = (utils.load_checkpoint(path) for path in (tmp_path / "checkpoint.pth", sharp))
+    assert same(dict(found["model"]), dict(given["model"]))
+    assert "model_ema" not in found and found["epoch"] == 0
+
+
+# Inference
+
+
+STORED = {
+    0: ["anytime_classification"],
+    1: ["anytime_classification", "budgeted_batch_classification"],
+    2: [],
+}
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_exact_command_prints_and_stores(
+    mode: int, command: Command, folder: Path, checkpoint: Path, answers: Answers
+) -> None:
+    before = utils.load_checkpoint(checkpoint)
+    if mode == 1:
+        shell = run("dynamic_inference.py", *infer(mode, folder, checkpoint))
+        ended = Ended(shell.returncode, shell.stdout, shell.stderr)
+    else:
+        ended = command("dynamic_inference", *infer(mode, folder, checkpoint))
+    assert ended.code == 0, ended.err
+    after = utils.load_checkpoint(checkpoint)
+    assert after["flops"] == pytest.approx(answers.gflops)
+    if mode == 2:
+        share = 100 - 100 * sum(answers.exits(THRESHOLD)) / 40
+        text = f"top-1 {answers.accuracy(THRESHOLD):.2f} %; leaving at {share:.1f} % location"
+        assert f"threshold {THRESHOLD}: {text}, {100 - share:.1f} % focus" in ended.out
+        speed = table_of(ended.out, "median of 3 passes, batch 40")
+        assert float(speed[1][1]) == pytest.approx(answers.cost(THRESHOLD), rel=1e-3)
+    else:
+        accuracy = [answers.accuracy(0), answers.accuracy(2)]
+        assert after["anytime_classification"] == pytest.approx(accuracy)
+        rows = table_of(ended.out, "all images to one exit")
+        assert [row[0] for row in rows] == ["exit", "location", "focus"]
+        assert [float(row[2]) for row in rows[1:]] == pytest.approx(accuracy, abs=0.01)
+        assert [float(row[1]) for row in rows[1:]] == pytest.approx(answers.gflops, rel=1e-3)
+    if mode == 1:
+        gflops, accuracy = after["budgeted_batch_classification"]
+        thresholds = [t / 100 for t in range(101)]
+        assert gflops == pytest.approx([answers.cost(t) for t in thresholds])
+        assert accuracy == pytest.approx([answers.accuracy(t) for t in thresholds])
+        assert (gflops[0], gflops[-1]) == pytest.approx(tuple(answers.gflops))
+        assert gflops == sorted(gflops)
+        rows = table_of(ended.out, "early exit by threshold")[1:]
+        assert [row[0] for row in rows] == [f"{t / 100:.2f}" for t in range(0, 101, 5)]
+        assert [float(row[2]) for row in rows] == pytest.approx(accuracy[::5], abs=0.01)
+        assert [float(row[3]) + float(row[4]) for row in rows] == pytest.approx([100] * 21, abs=0.1)
+    assert after.keys() - before.keys() == {"flops", *STORED[mode]}
+    assert all(same(before[key], after[key]) for key in before)
+    assert not [path for path in checkpoint.parent.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_stored_results_are_printed_without_data(command: Command, checkpoint: Path, tmp_path: Path) -> None:
+    curve = [[0.5, 1.0, 1.5], [10.0, 20.0, 30.0]]
+    results = {"flops": [0.5, 1.5], "anytime_classification": [10.0, 30.0]}
+    utils.add_to_checkpoint(checkpoint, results | {"budgeted_batch_classification": curve})
+    before = checkpoint.read_bytes()
+    ended = command("dynamic_inference", *infer(3, tmp_path / "nowhere", checkpoint))
+    assert ended.code == 0
+    assert "lf_deit_nano" in ended.out
+    assert "flops: [0.5, 1.5]" in ended.out and "anytime_classification: [10.0, 30.0]" in ended.out
+    rows = table_of(ended.out, "\nbudgeted_batch_classification")
+    assert [[float(cell) for cell in row] for row in rows[1:]] == [[0.5, 10], [1, 20], [1.5, 30]]
+    assert checkpoint.read_bytes() == before
+
+
+def test_results_of_other_spelling_and_none(command: Command, checkpoint: Path) -> None:
+    utils.add_to_checkpoint(checkpoint, {"flop": [0.5, 1.5]})
+    ended = command("dynamic_inference", "--eval-mode", 3, "--checkpoint_path", checkpoint)
+    assert ended.code == 0
+    assert "flops: [0.5, 1.5]" in ended.out and "budgeted_batch_classification: None" in ended.out
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_results_go_to_a_file_instead(
+    mode: int, command: Command, folder: Path, checkpoint: Path, answers: Answers, tmp_path: Path
+) -> None:
+    before, path = checkpoint.read_bytes(), tmp_path / "new" / "results.json"
+    options = ["--results", path, "--num_workers", 0, "--repeats", 1]
+    assert command("dynamic_inference", *infer(mode, folder, checkpoint), *options).code == 0
+    assert checkpoint.read_bytes() == before
+    found = json.loads(path.read_text())
+    assert found["flops"] == pytest.approx(answers.gflops)
+    if mode == 1:
+        assert len(found["budgeted_batch_classification"][0]) == 101
+    if mode == 2:
+        timed = found["timed"]
+        assert timed["accuracy"] == pytest.approx(answers.accuracy(THRESHOLD))
+        assert timed["mean_gflops"] == pytest.approx(answers.cost(THRESHOLD))
+        assert 0 < timed["images_per_second_end_to_end"] <= timed["images_per_second"]
+
+
+def test_results_in_a_file_are_merged(
+    command: Command, folder: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "results.json"
+    for mode in (1, 2):
+        options = ["--results", path, "--num_workers", 0, "--repeats", 1]
+        command("dynamic_inference", *infer(mode, folder, checkpoint), *options)
+    assert json.loads(path.read_text()).keys() == {
+        "flops",
+        "anytime_classification",
+        "budgeted_batch_classification",
+        "timed",
+    }
+
+
+@pytest.mark.parametrize(
+    ("threshold", "batch_size"), [(THRESHOLD, 1), (THRESHOLD, 7), (THRESHOLD, 64), (0, 7), (1, 7)]
+)
+def test_early_exit_is_the_same_in_any_batch(
+    threshold: float,
+    batch_size: int,
+    command: Command,
+    folder: Path,
+    checkpoint: Path,
+    answers: Answers,
+    tmp_path: Path,
+) -> None:
+    options = ["--results", tmp_path / "results.json", "--num_workers", 0, "--repeats", 1]
+    command("dynamic_inference", *infer(2, folder, checkpoint, batch_size, threshold), *options)
+    timed = json.loads((tmp_path / "results.json").read_text())["timed"]
+    late = sum(answers.exits(threshold)) / 40
+    assert timed["exit_shares"] == pytest.approx([1 - late, late])
+    assert timed["accuracy"] == pytest.approx(answers.accuracy(threshold))
+    assert timed["mean_gflops"] == pytest.approx(answers.cost(threshold))
+    if threshold in (0, 1):
+        assert timed["mean_gflops"] == pytest.approx(answers.gflops[threshold])
+
+
+def test_baseline_is_timed_beside(command: Command, folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    options = ["--results", tmp_path / "results.json", "--num_workers", 0, "--repeats", 1]
+    ended = command("dynamic_inference", *infer(2, folder, checkpoint), *options, "--baseline", "deit_nano")
+    assert ended.code == 0, ended.err
+    timed = json.loads((tmp_path / "results.json").read_text())["timed"]
+    baseline = timed["baseline"]
+    assert timed["speedup"] == pytest.approx(timed["images_per_second"] / baseline["images_per_second"])
+    ratio = baseline["gflops"] / timed["mean_gflops"]
+    assert f"GFLOPs saved {ratio:.2f}x" in ended.out
+
+
+def test_other_region_is_counted_anew(command: Command, folder: Path, checkpoint: Path) -> None:
+    """A region over the whole grid refines more, so the checkpoint's GFLOPs are replaced, with a warning."""
+    options = ["--num_workers", 0, "--region-size", 7]
+    quiet = command("dynamic_inference", *infer(0, folder, checkpoint), "--num_workers", 0)
+    first = utils.load_checkpoint(checkpoint)["flops"]
+    ended = command("dynamic_inference", *infer(0, folder, checkpoint), *options)
+    second = utils.load_checkpoint(checkpoint)["flops"]
+    assert "warning" not in quiet.err and "warning" in ended.err
+    assert second[0] == first[0] and second[1] > first[1]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_budget_is_kept_on_the_calibration_half(
+    share: float, command: Command, folder: Path, checkpoint: Path, answers: Answers, tmp_path: Path
+) -> None:
+    before = checkpoint.read_bytes()
+    low, high = answers.gflops
+    budget, even, odd = low + share * (high - low) + 1e-9, slice(0, None, 2), slice(1, None, 2)
+    options = ["--budget", budget, "--results", tmp_path / "results.json", "--num_workers", 0]
+    ended = command("dynamic_inference", *infer(1, folder, checkpoint), *options)
+    assert ended.code == 0, ended.err
+    found = json.loads((tmp_path / "results.json").read_text())["budget"]
+    levels = sorted([0.0, 1.0, *answers.confidence[even, 0].tolist()])
+    best = max(level for level in levels if answers.cost(level - 1e-6, even) <= budget)
+    threshold = found["threshold"]
+    assert threshold == pytest.approx(best, abs=1e-5)
+    assert found["calibration"]["mean_gflops"] <= budget
+    for title, half in (("calibration", even), ("test", odd)):
+        assert found[title]["mean_gflops"] == pytest.approx(answers.cost(threshold - 1e-6, half))
+        assert found[title]["accuracy"] == pytest.approx(answers.accuracy(threshold - 1e-6, half))
+    rows = table_of(ended.out, "threshold")
+    assert [row[:2] for row in rows[1:]] == [["calibration", "20"], ["test", "20"]]
+    assert checkpoint.read_bytes() == before
+
+
+def test_budget_from_another_split(
+    command: Command, folder: Path, checkpoint: Path, answers: Answers
+) -> None:
+    options = ["--budget", sum(answers.gflops) / 2, "--calibration", "train", "--num_workers", 0]
+    ended = command("dynamic_inference", *infer(1, folder, checkpoint), *options)
+    rows = table_of(ended.out, "threshold")
+    assert [row[:2] for row in rows[1:]] == [["calibration", "64"], ["test", "40"]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 40])
+def test_predictions_of_a_folder(
+    batch_size: int, command: Command, folder: Path, checkpoint: Path, answers: Answers
+) -> None:
+    arguments = infer(1, "unused", checkpoint, batch_size)
+    ended = command("dynamic_inference", *arguments, "--images", folder / "val", "--num_workers", 0)
+    assert ended.code == 0, ended.err
+    header, *rows = csv.reader(io.StringIO(ended.out))
+    assert header == ["file", "class", "confidence", "exit", "GFLOPs", "region"]
+    assert [row[0] for row in rows] == sorted(map(str, (folder / "val").rglob("*.png")))
+    names = ["amber", "blue", "coral", "dusk"]
+    for at, (exit_, row) in enumerate(zip(answers.exits(THRESHOLD), rows, strict=True)):
+        assert row[1] == names[answers.predicted[at, exit_]]
+        assert float(row[2]) == pytest.approx(answers.confidence[at, exit_].item(), abs=1e-4)
+        assert row[3] == ("location", "focus")[exit_]
+        assert float(row[4]) == pytest.approx(answers.gflops[exit_], abs=1e-4)
+        if exit_ == 0:
+            assert row[5] == ""
+        else:  # 40 pixels of the middle 56, in a picture that was enlarged to 64: 35 of its own
+            left, top, right, bottom = map(int, row[5].split())
+            assert 3 <= left < right <= 53 and 3 <= top < bottom <= 53
+            assert right - left == pytest.approx(35, abs=1) and bottom - top == pytest.approx(35, abs=1)
+
+
+def test_prediction_of_one_image_into_a_file(
+    command: Command, folder: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    image, before = folder / "val" / "blue" / "03.png", checkpoint.read_bytes()
+    arguments = ["--checkpoint_path", checkpoint, "--images", image, "--num_workers", 0]
+    printed = command("dynamic_inference", *arguments)
+    written = command("dynamic_inference", *arguments, "--output", tmp_path / "table.csv")
+    assert printed.code == written.code == 0 and written.out == ""
+    assert (tmp_path / "table.csv").read_text().splitlines() == printed.out.splitlines()
+    assert len(printed.out.splitlines()) == 2
+    assert checkpoint.read_bytes() == before
+
+
+# Pictures
+
+
+def test_exact_command_draws_pictures(
+    folder: Path, checkpoint: Path, answers: Answers, tmp_path: Path
+) -> None:
+    output = tmp_path / "pictures"
+    command = f"visualize.py --model lf_deit_nano --resume {checkpoint} --data-path {folder}"
+    ended = run(*command.split(), "--output_dir", output, "--batch-size", 8)
+    assert ended.returncode == 0, ended.stderr
+    expected = {"contact_sheet.png"}
+    for number, at in enumerate(np.random.default_rng(0).permutation(40)[:24], 1):
+        exit_ = answers.exits(0.7)[at]
+        outcome = "right" if answers.predicted[at, exit_] == answers.label[at] else "wrong"
+        stage = ("location", "focus")[exit_]
+        expected.add(f"label{answers.label[at]}_{outcome}_{stage}_index{number}.png")
+    assert {path.name for path in output.iterdir()} == expected
+    sizes = {}
+    for path in output.iterdir():
+        with Image.open(path) as image:
+            sizes[path.name] = image.size
+            assert len(image.getcolors(1 << 20)) > 100
+    page = sizes.pop("contact_sheet.png")
+    ((width, height),) = set(sizes.values())
+    assert width > 3 * 56 and page[0] > 2 * width and page[1] > 12 * height
+
+
+def test_pictures_of_unlabelled_images(
+    command: Command, folder: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    arguments = ["--resume", checkpoint, "--output_dir", tmp_path / "pictures", "--threshold", 0]
+    assert command("visualize", *arguments, "--images", folder / "val" / "blue").code == 0
+    names = [f"{i:02}_location_index{i + 1}.png" for i in range(10)]
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [*names, "contact_sheet.png"]
+    image = folder / "val" / "blue" / "03.png"
+    assert command("visualize", *arguments, "--images", image, "--save-name", "mine.png").code == 0
+    assert (tmp_path / "pictures" / "mine.png").is_file()
+
+
+def test_curve_of_stored_results(command: Command, checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "pictures"
+    arguments = ["--resume", checkpoint, "--curve", "--output_dir", output]
+    ended = command("visualize", *arguments)
+    assert ended.code == 2 and "--eval-mode 1" in ended.err and not output.exists()
+    results = {"flops": [0.5, 1.5], "anytime_classification": [50.0, 60.0]}
+    gflops, accuracy = torch.linspace(0.5, 1.5, 101), torch.linspace(50, 60, 101)
+    curve = {"budgeted_batch_classification": [gflops.tolist(), accuracy.tolist()]}
+    utils.add_to_checkpoint(checkpoint, results | curve)
+    assert command("visualize", *arguments, "--baseline", "deit_nano:2.0:58").code == 0
+    assert [path.name for path in output.iterdir()] == ["curve.png"]
+    with Image.open(output / "curve.png") as image:
+        assert len(image.getcolors(1 << 20)) > 100
+
+
+# Errors
+
+
+@pytest.fixture(scope="module")
+def bad(folder: Path, sharp: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data folders and checkpoints with something wrong in each."""
+    root = tmp_path_factory.mktemp("bad")
+    for name in ("broken_train", "broken_val", "other_classes"):
+        shutil.copytree(folder, root / name)
+    for split in ("train", "val"):
+        (root / "empty" / split).mkdir(parents=True)
+        image = root / f"broken_{split}" / split / "coral" / "05.png"
+        image.write_bytes(image.read_bytes()[:60])
+        (root / "other_classes" / split / "amber").rename(root / "other_classes" / split / "apricot")
+    saved = utils.load_checkpoint(sharp)
+    weights = saved["model"]
+    fewer = {name: value for name, value in weights.items() if name != "cls_token"}
+    torch.save(saved | {"model": fewer}, root / "fewer.pth")
+    torch.save(saved | {"model": weights | {"extra": torch.zeros(1)}}, root / "more.pth")
+    torch.save({"epoch": 3}, root / "none.pth")
+    torch.save({"model": weights, "model_name": "lf_deit_nano"}, root / "weights.pth")
+    (root / "cut.pth").write_bytes(sharp.read_bytes()[:5000])
+    (root / "list.json").write_text("[1, 2]")
+    return root
+
+
+NANO = "--model lf_deit_nano"
+INFER = "--data_url {folder} --checkpoint_path {sharp} --num_workers 0"
+ERRORS = {
+    "main_deit": [
+        (f"{NANO} --data-path nowhere", "nowhere"),
+        (f"{NANO} --data-path {{bad}}/empty", "empty/train"),
+        (f"{NANO} --data-path {{bad}}/broken_train --no-repeated-aug --epochs 1", "coral/05.png"),
+        (f"{NANO} --data-path {{folder}} --batch-size 9", "--batch-size 9 is odd"),
+        (f"{NANO} --data-path {{folder}} --batch-size 66", "64 training images"),
+        (f"{NANO} --data-path {{folder}} --batch-size 0", "--batch-size"),
+        (f"{NANO} --data-path {{folder}} --region-size 9", "region_size is 9"),
+        (f"{NANO} --data-path {{folder}} --model-kwargs colour=3", "colour"),
+        (f"{NANO} --data-path {{folder}} --eval", "--resume"),
+        (f"{NANO} --data-path {{folder}} --resume nowhere.pth", "nowhere.pth"),
+        (f"{NANO} --data-path {{folder}} --resume {{bad}}/weights.pth", "--finetune"),
+        (f"{NANO} --data-path {{folder}} --finetune {{bad}}/none.pth", "none.pth"),
+        (f"{NANO} --data-path {{bad}}/other_classes --resume {{sharp}}", "apricot"),
+        ("--model lf_deit_nanoo --data-path {folder}", "lf_deit_nano"),
+        ("--model resnet10t --data-path {folder}", "resnet10t"),
+        ("--data-path {folder}", "--model"),
+    ],
+    "dynamic_inference": [
+        ("--data_url nowhere --checkpoint_path {sharp}", "nowhere"),
+        ("--data_url {bad}/empty --checkpoint_path {sharp}", "empty/val"),
+        ("--data_url {bad}/broken_val --checkpoint_path {sharp} --num_workers 0", "coral/05.png"),
+        ("--data_url {bad}/broken_val --checkpoint_path {sharp} --num_workers 2", "coral/05.png"),
+        ("--data_url {bad}/other_classes --checkpoint_path {sharp}", "apricot"),
+        (f"{INFER} --location-stage-size 9", "pos_embed_list"),
+        (f"{INFER} --region-size 9", "region_size is 9"),
+        (f"{INFER} --model-kwargs colour=3", "colour"),
+        (f"{INFER} --threshold 7", "--threshold is 7"),
+        (f"{INFER} --batch_size 0", "--batch_size"),
+        (f"{INFER} --model deit_nano", "checkpoint of lf_deit_nano"),
+        (f"{INFER} --budget 0.0001", "budget"),
+        (f"{INFER} --eval-mode 2 --baseline deit_nanoo", "deit_nanoo"),
+        (f"{INFER} --images nowhere", "nowhere"),
+        ("--data_url {folder} --checkpoint_path nowhere.pth", "nowhere.pth"),
+        ("--data_url {folder} --checkpoint_path nowhere.pth --eval-mode 3", "nowhere.pth"),
+        ("--data_url {folder} --checkpoint_path {bad}/fewer.pth", "cls_token"),
+        ("--data_url {folder} --checkpoint_path {bad}/more.pth", "extra"),
+        ("--data_url {folder} --checkpoint_path {bad}/none.pth", "none.pth"),
+        ("--data_url {folder} --checkpoint_path {bad}/cut.pth", "cut.pth"),
+    ],
+    "visualize": [
+        ("--resume nowhere.pth --data-path {folder}", "nowhere.pth"),
+        ("--resume {sharp} --data-path nowhere", "nowhere"),
+        ("--resume {sharp} --data-path {bad}/empty", "empty/val"),
+        ("--resume {sharp} --data-path {bad}/broken_val --num-images 40", "coral/05.png"),
+        ("--resume {sharp} --data-path {folder} --threshold 7", "--threshold is 7"),
+        ("--resume {sharp} --data-path {folder} --location-stage-size 9", "pos_embed_list"),
+        ("--resume {sharp}", "--data-path"),
+        ("--resume {sharp} --curve --results nowhere.json", "nowhere.json"),
+        ("--resume {sharp} --curve --results {bad}/list.json", "list.json"),
+    ],
+}
+DEFAULTS = {
+    "main_deit": "--batch-size 16 --num_workers 0",
+    "dynamic_inference": "--num_workers 0",
+    "visualize": "",
+}
+
+
+def check_error(name: str, ended: Ended, text: str) -> None:
+    """Exit code 2, and one line beside the dated ones of the log."""
+    lines = [line for line in ended.err.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)]
+    assert ended.code == 2, ended
+    assert "Traceback" not in ended.err
+    assert len(lines) == 1 and lines[0].startswith(f"{name}.py: error: ") and text in lines[0], lines
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "text"),
+    [
+        pytest.param(name, arguments, text, id=f"{name}-{arguments}")
+        for name, entries in ERRORS.items()
+        for arguments, text in entries
+    ],
+)
+def test_bad_input_is_one_line_and_overwrites_nothing(
+    name: str,
+    arguments: str,
+    text: str,
+    command: Command,
+    bad: Path,
+    folder: Path,
+    sharp: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    output = tmp_path / "output"
+    for file in ("checkpoint.pth", "model_best.pth", "log.txt", "contact_sheet.png", "curve.png"):
+        output.mkdir(exist_ok=True)
+        (output / file).write_text("mine")
+    places = {"folder": folder, "sharp": sharp, "bad": bad}
+    argv = [*DEFAULTS[name].split(), *arguments.format(**places).split()]
+    if name != "dynamic_inference":
+        argv += ["--output_dir", str(output)]
+    before, kept = sharp.read_bytes(), contents(output)
+    ended = command(name, *argv)
+    check_error(name, ended, text)
+    assert sharp.read_bytes() == before
+    assert kept.items() <= contents(output).items()
+    assert not [
+        file for file in contents(output).keys() - kept.keys() if file.endswith((".pth", ".png", ".tmp"))
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("name", ["main_deit", "dynamic_inference", "visualize"])
+def test_device_that_is_not_there(name: str, command: Command, folder: Path, sharp: Path) -> None:
+    argv = ["--data-path", folder, "--resume", sharp, "--device", "cuda"]
+    check_error(name, command(name, *argv), "--device cpu")
+
+
+def test_error_of_a_loading_process_in_a_shell(bad: Path, tmp_path: Path) -> None:
+    arguments = f"{NANO} --data-path {bad}/broken_train --batch-size 32 --num_workers 2 --no-repeated-aug"
+    ended = run("main_deit.py", *arguments.split(), "--output_dir", tmp_path / "output", "--device", "cpu")
+    check_error("main_deit", Ended(ended.returncode, ended.stdout, ended.stderr), "coral/05.png")
+    assert not list((tmp_path / "output").glob("*.pth"))

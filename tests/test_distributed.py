@@ -1,0 +1,146 @@
+"""Two processes do what one does: the same weights from the same images, and every image counted once."""
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import Command, run
+
+import utils
+
+# Nothing random, so that the images of a step are the same however many processes share them.
+TRAIN = (
+    "--model lf_deit_nano --epochs 2 --device cpu --num_workers 0 --picture-freq 0 --no-aug --no-repeated-aug"
+    " --mixup 0 --cutmix 0 --drop-path 0 --reprob 0 --select-from 0.5 --opt sgd --lr 0.02 --unscale-lr"
+    " --model-ema-decay 0.9"
+).split()
+
+
+def run_two(*argv: object) -> str:
+    """Runs a command in two processes; returns what they printed."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    ended = run(*torchrun, *argv, OMP_NUM_THREADS="1")
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.fixture(scope="module")
+def odd(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data folder less one validation image: 39 do not split evenly."""
+    root = tmp_path_factory.mktemp("odd") / "pictures"
+    shutil.copytree(folder, root)
+    (root / "val" / "dusk" / "09.png").unlink()
+    return root
+
+
+@pytest.fixture(scope="module")
+def by_two(odd: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Trains in two processes with batches of 8 and further options; returns the output folder."""
+
+    @cache
+    def train(options: str) -> Path:
+        output = tmp_path_factory.mktemp("two")
+        arguments = [*TRAIN, "--data-path", odd, "--batch-size", 8, "--output_dir", output]
+        run_two("main_deit.py", *arguments, *options.split())
+        return output
+
+    return train
+
+
+@pytest.fixture
+def by_one(odd: Path, tmp_path: Path, command: Command) -> Callable[[str], Path]:
+    """Trains in this process."""
+
+    def train(options: str) -> Path:
+        output = tmp_path / options.replace(" ", "_")
+        ended = command("main_deit", *TRAIN, "--data-path", odd, "--output_dir", output, *options.split())
+        assert ended.code == 0, ended.err
+        return output
+
+    return train
+
+
+def saved_in(output: Path) -> dict[str, Any]:
+    return utils.load_checkpoint(output / "checkpoint.pth")
+
+
+def log_of(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+
+
+def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    return max((first[name] - second[name]).abs().max().item() for name in first | second)
+
+
+def check_logs(ours: list[dict[str, float]], theirs: list[dict[str, float]], averaged: bool) -> None:
+    """Compares the entries of the averaged weights, or all the others."""
+    for one, two in zip(ours, theirs, strict=True):
+        assert one.keys() == two.keys()
+        keys = [key for key in one if key.startswith("ema_") == averaged]
+        assert [two[key] for key in keys] == pytest.approx([one[key] for key in keys], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "alone", "terms"),
+    [
+        ("", ["--batch-size 16"], ["fine_ce", "fine_ce"]),
+        ("--coarse-only 0.5", ["--batch-size 16 --coarse-only 0.5"], ["coarse_ce", "fine_ce"]),
+        ("--accumulate 2", ["--batch-size 16 --accumulate 2", "--batch-size 32"], ["fine_ce", "fine_ce"]),
+    ],
+    ids=["plain", "coarse-only", "accumulate"],
+)
+def test_two_processes_train_like_one(
+    options: str, alone: list[str], terms: list[str], by_two: Callable, by_one: Callable
+) -> None:
+    two = by_two(options)
+    assert [f"train_{term}" in entry for term, entry in zip(terms, log_of(two), strict=True)] == [True, True]
+    assert len(saved_in(two)["rng"]) == 2
+    for options in alone:
+        one = by_one(options)
+        assert distance(saved_in(one)["model"], saved_in(two)["model"]) < 1e-5
+        check_logs(log_of(one), log_of(two), averaged=False)
+    untrained = by_one("--batch-size 16 --epochs 1 --lr 0 --warmup-lr 0 --min-lr 0")
+    assert distance(saved_in(untrained)["model"], saved_in(two)["model"]) > 1e-2  # the tolerance, times 1000
+
+
+def test_averaged_weights_are_those_of_one_process(by_two: Callable, by_one: Callable) -> None:
+    """Both processes hold the same average, as each evaluates it on its share of the images."""
+    one, two = by_one("--batch-size 16"), by_two("")
+    assert distance(saved_in(one)["model_ema"], saved_in(two)["model_ema"]) < 1e-5
+    check_logs(log_of(one), log_of(two), averaged=True)
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_two_processes_infer_like_one(
+    mode: int, command: Command, odd: Path, sharp: Path, tmp_path: Path
+) -> None:
+    text = f"--eval-mode {mode} --data_url {odd} --checkpoint_path {sharp} --batch_size 8 --threshold 0.3"
+    arguments = [*text.split(), "--device", "cpu", "--num_workers", 0, "--repeats", 1, "--results"]
+    printed = run_two("dynamic_inference.py", *arguments, tmp_path / "two.json")
+    ended = command("dynamic_inference", *arguments, tmp_path / "one.json")
+    assert ended.code == 0, ended.err
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one.keys() == two.keys() and one["flops"] == two["flops"]
+    if mode == 2:
+        for key in ("exit_shares", "accuracy", "mean_gflops"):
+            assert two["timed"][key] == one["timed"][key]
+        right = 39 * two["timed"]["accuracy"] / 100
+        assert right == pytest.approx(round(right))  # of 39 images, not of 40
+    else:
+        assert len(set(one["anytime_classification"])) == 2
+        for key in ("anytime_classification", "budgeted_batch_classification"):
+            assert two.get(key) == one.get(key)
+        assert len(printed.splitlines()) == len(ended.out.splitlines())  # only one of them prints
+
+
+def test_two_processes_predict_in_order(command: Command, odd: Path, sharp: Path) -> None:
+    arguments = ["--checkpoint_path", sharp, "--images", odd / "val", "--threshold", 0.3]
+    arguments += ["--device", "cpu", "--num_workers", 0]
+    printed = run_two("dynamic_inference.py", *arguments)
+    assert printed.splitlines() == command("dynamic_inference", *arguments).out.splitlines()
+    assert len(printed.splitlines()) == 1 + 39

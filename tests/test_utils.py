@@ -1,0 +1,406 @@
+"""Tests of utils.py: files stay whole, foreign checkpoints are read, errors name what is wrong."""
+
+import argparse
+import json
+import logging
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import models  # noqa: F401  (registers the models)
+import utils
+from utils import Results
+
+STATE = {"head.weight": torch.arange(6.0).reshape(2, 3), "head.bias": torch.tensor([1.0, -2.0])}
+TINY = dict(embed_dim=16, depth=2, num_heads=2, num_classes=4, location_stage_size=3, region_size=2)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def same_state(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# Writing
+
+
+def test_failing_writer_leaves_the_old_file(tmp_path: Path) -> None:
+    def half(path: Path) -> None:
+        path.write_text("ha")
+        raise OSError("disk full")
+
+    (tmp_path / "log.json").write_text("old")
+    with pytest.raises(OSError, match="disk full"):
+        utils.write_atomically(tmp_path / "log.json", half)
+    assert (tmp_path / "log.json").read_text() == "old"
+    assert names_in(tmp_path) == ["log.json"]
+
+
+def test_unsaveable_checkpoint_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pth"
+    utils.save_checkpoint({"model": STATE}, path)
+    before = path.read_bytes()
+    with pytest.raises((AttributeError, TypeError, RuntimeError)):  # not even pickle takes a generator
+        utils.save_checkpoint({"model": STATE, "bad": (value for value in ())}, path)
+    assert path.read_bytes() == before
+    assert names_in(tmp_path) == ["checkpoint.pth"]
+
+
+def test_readers_see_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    utils.save_json({"a": 1}, path)
+
+    def write(temporary: Path) -> None:
+        assert temporary.parent == path.parent  # a rename is atomic inside a file system only
+        temporary.write_text("{}")
+        assert utils.load_json(path) == {"a": 1}
+
+    utils.write_atomically(path, write)
+    assert utils.load_json(path) == {}
+    assert names_in(tmp_path) == ["results.json"]
+
+
+def test_keys_are_added_and_the_others_stay(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pth"
+    args = argparse.Namespace(lr=0.1)
+    utils.save_checkpoint({"model": {"module.w": STATE["head.bias"]}, "args": args, "epoch": 7}, path)
+    utils.add_to_checkpoint(path, {"flops": [1.0, 2.0]})
+    found = utils.read_file(path)
+    assert found.keys() == {"model", "args", "epoch", "flops"}
+    assert found["args"] == args and found["epoch"] == 7 and found["flops"] == [1.0, 2.0]
+    assert same_state(found["model"], {"module.w": STATE["head.bias"]})
+
+
+def test_files_of_another_layout_take_no_results(tmp_path: Path) -> None:
+    path = tmp_path / "bare.pth"
+    torch.save(STATE, path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="--results"):
+        utils.add_to_checkpoint(path, {"flops": [1.0]})
+    assert path.read_bytes() == before
+
+
+# Reading
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model": STATE},
+        {"state_dict": STATE, "arch": "vit"},
+        {"model_state_dict": STATE},
+        STATE,
+        {"model": {f"module.{name}": value for name, value in STATE.items()}},
+        {"model": {f"_orig_mod.{name}": value for name, value in STATE.items()}},
+        {"state_dict": {f"module._orig_mod.{name}": value for name, value in STATE.items()}},
+        {"model": STATE, "args": argparse.Namespace(lr=0.1, data_path="x"), "epoch": 3},
+        {"model": STATE, "flop": [1.0, 2.0]},
+    ],
+    ids="model state_dict model_state_dict bare module compiled both namespace flop".split(),
+)
+def test_layouts_of_checkpoints(content: dict, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "checkpoint.pth")
+    found = utils.load_checkpoint(tmp_path / "checkpoint.pth")
+    assert same_state(found["model"], STATE)
+    for key in ("args", "epoch", "flop"):
+        assert found.get(key) == content.get(key)
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / "model.safetensors")
+    assert same_state(utils.load_checkpoint(tmp_path / "model.safetensors")["model"], STATE)
+
+
+class Trap:
+    """Pickles as a call that makes a folder."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path) -> None:
+    torch.save({"model": STATE, "args": Trap(tmp_path / "made")}, tmp_path / "trap.pth")
+    with pytest.raises(ValueError, match="trap.pth is not a readable checkpoint"):
+        utils.load_checkpoint(tmp_path / "trap.pth")
+    assert not (tmp_path / "made").exists()
+    torch.load(tmp_path / "trap.pth", weights_only=False)
+    assert (tmp_path / "made").exists()  # the trap works where it is allowed to
+
+
+def test_whole_models_are_refused(tmp_path: Path) -> None:
+    torch.save({"model": nn.Linear(2, 2)}, tmp_path / "pickled.pth")
+    with pytest.raises(ValueError, match="pickled.pth"):
+        utils.load_checkpoint(tmp_path / "pickled.pth")
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pth", "model.safetensors"])
+@pytest.mark.parametrize("size", [0, 1, 100, -20])
+def test_truncated_file(name: str, size: int, tmp_path: Path) -> None:
+    path = tmp_path / name
+    torch.save({"model": STATE}, path) if path.suffix == ".pth" else save_file(STATE, path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=name) as caught:
+        utils.load_checkpoint(path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", [[1, 2], {}, {"epoch": 3}, {"model": 3}, torch.zeros(2)])
+def test_file_without_weights(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="other.pth"):
+        utils.load_checkpoint(tmp_path / "other.pth")
+
+
+def test_file_that_is_not_there(tmp_path: Path) -> None:
+    for path in (tmp_path / "no.pth", tmp_path / "no.safetensors", tmp_path):
+        with pytest.raises(FileNotFoundError, match=str(path)):
+            utils.load_checkpoint(path)
+
+
+def test_json_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_bytes(b"\xff{")
+    with pytest.raises(ValueError, match="results.json"):
+        utils.load_json(tmp_path / "results.json")
+
+
+# Results
+
+
+def test_results_read_every_spelling() -> None:
+    budgeted = [torch.tensor([1.0, 2.0]), np.array([50.0, 60.0])]
+    found = Results.of({"flop": torch.tensor([1.5, 3.5]), "budgeted_batch_classification": budgeted})
+    assert found.flops == [1.5, 3.5]
+    assert found.budgeted_batch_classification == [[1.0, 2.0], [50.0, 60.0]]
+    assert found.anytime_classification is None and found.dynamic_threshold is None
+    assert found.known().keys() == {"flops", "budgeted_batch_classification"}
+    assert Results.of({"flops": (1.0, 2.0), "flop": [8.0, 9.0]}).flops == [1.0, 2.0]
+
+
+def test_results_survive_a_checkpoint_and_json(tmp_path: Path) -> None:
+    results = Results([1.0, 2.0], [50.0, 60.0], [[1.0, 1.5], [50.0, 55.0]], [[0.3], [0.7]])
+    utils.save_checkpoint({"model": STATE} | results.known(), tmp_path / "checkpoint.pth")
+    utils.save_json(results.known(), tmp_path / "results.json")
+    assert Results.of(utils.load_checkpoint(tmp_path / "checkpoint.pth")) == results
+    assert Results.of(utils.load_json(tmp_path / "results.json")) == results
+    assert json.loads((tmp_path / "results.json").read_text()).keys() == {
+        "flops",
+        "anytime_classification",
+        "budgeted_batch_classification",
+        "dynamic_threshold",
+    }
+
+
+# Weights
+
+
+def test_loading_weights_is_strict() -> None:
+    model = timm.create_model("lf_deit_nano", **TINY)
+    state = {name: torch.full_like(value, 0.5) for name, value in model.state_dict().items()}
+    utils.load_weights(model, state, "file.pth")
+    assert same_state(model.state_dict(), state)
+    cases = {
+        r"head.weight is \(7, 16\) there and \(4, 16\) here": state | {"head.weight": torch.zeros(7, 16)},
+        r"lacks 1 tensors \(cls_token": {name: state[name] for name in state if name != "cls_token"},
+        r"1 unknown ones \(blocks.2.norm1.bias": state | {"blocks.2.norm1.bias": torch.zeros(16)},
+    }
+    for text, bad in cases.items():
+        with pytest.raises(ValueError, match=f"file.pth .*{text}"):
+            utils.load_weights(
+                model, {name: torch.zeros_like(value) for name, value in bad.items()}, "file.pth"
+            )
+        assert same_state(model.state_dict(), state)  # nothing of it was loaded
+
+
+def test_model_is_rebuilt_from_its_checkpoint(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = utils.create_model("lf_deit_nano", TINY)
+    average = {name: value + 1 for name, value in model.state_dict().items()}
+    saved = {"model": model.state_dict(), "model_ema": average, "model_name": "lf_deit_nano"}
+    utils.save_checkpoint(saved | {"model_kwargs": TINY}, tmp_path / "checkpoint.pth")
+    checkpoint = utils.load_checkpoint(tmp_path / "checkpoint.pth")
+    again, name, kwargs = utils.model_from_checkpoint(checkpoint, "file.pth", None, {})
+    assert (name, kwargs) == ("lf_deit_nano", TINY)
+    assert same_state(again.state_dict(), model.state_dict())
+    averaged, *_ = utils.model_from_checkpoint(checkpoint, "file.pth", None, {}, use_ema=True)
+    assert same_state(averaged.state_dict(), average)
+    other, _, kwargs = utils.model_from_checkpoint(checkpoint, "file.pth", None, {"region_size": 3})
+    assert other.region_size == kwargs["region_size"] == 3  # the command line wins
+    with pytest.raises(ValueError, match="file.pth is a checkpoint of lf_deit_nano, not of deit_nano"):
+        utils.model_from_checkpoint(checkpoint, "file.pth", "deit_nano", {})
+
+
+def test_foreign_weights_need_a_name_but_no_number_of_classes() -> None:
+    state = utils.create_model("deit_nano", {"num_classes": 7}).state_dict()
+    model, *_ = utils.model_from_checkpoint({"model": state}, "file.pth", "deit_nano", {})
+    assert model.num_classes == 7 and same_state(model.state_dict(), state)
+    with pytest.raises(ValueError, match="--model"):
+        utils.model_from_checkpoint({"model": state}, "file.pth", None, {})
+    with pytest.raises(ValueError, match="--use-ema"):
+        utils.model_from_checkpoint({"model": state}, "file.pth", "deit_nano", {}, use_ema=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "text"),
+    [
+        (None, {}, "--model"),
+        ("lf_deit_nanoo", {}, "unknown model 'lf_deit_nanoo'; there are .*lf_deit_nano"),
+        ("resnet10t", {}, "plain timm model"),
+        ("lf_deit_nano", {"colour": 3}, "colour"),
+        ("lf_deit_nano", {"region_size": 9}, "region_size is 9"),
+        ("lf_deit_nano", {"alpha": 0}, "alpha is 0"),
+        ("lf_deit_nano", {"num_heads": 5}, "num_heads 5"),
+        ("lf_deit_nano", {"location_stage_size": 0}, "stage size is 0"),
+        ("lf_deit_nano", {"pretrained": True}, "no weights are hosted"),
+    ],
+)
+def test_models_that_cannot_be_made(name: str | None, kwargs: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        utils.create_model(name, kwargs)
+
+
+# Starting from the weights of a plain model
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, logger=utils.log.name)
+    return caplog
+
+
+def plain_state(grid: int) -> dict[str, Tensor]:
+    """Weights of a plain DeiT over a grid of the given side."""
+    torch.manual_seed(1)
+    deit = VisionTransformer(4 * grid, 4, embed_dim=16, depth=2, num_heads=2, num_classes=10)
+    return {name: torch.randn_like(value) for name, value in deit.state_dict().items()}
+
+
+@pytest.mark.parametrize("grid", [3, 5, 6])
+def test_finetuning_starts_from_a_plain_model(
+    grid: int, tmp_path: Path, logged: pytest.LogCaptureFixture
+) -> None:
+    state = plain_state(grid)
+    torch.save({"model": state}, tmp_path / "deit.pth")
+    model = timm.create_model("lf_deit_nano", **TINY)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    utils.initialise_from(model, str(tmp_path / "deit.pth"))
+    after = model.state_dict()
+    for stage, side in enumerate((3, 6)):
+        table = resample_abs_pos_embed(state["pos_embed"], [side, side])
+        assert torch.equal(after[f"pos_embed_list.{stage}"], table)
+    kept = [name for name in after if name.startswith(("head.", "reuse_block."))]
+    taken = [name for name in after if name in state and name not in kept]
+    assert len(kept) == 8 and len(kept) + len(taken) + 2 == len(after)
+    assert all(torch.equal(after[name], before[name]) for name in kept)
+    assert all(torch.equal(after[name], state[name]) for name in taken)
+    absent, unused = (
+        next(text for text in logged.messages if text.startswith(start)).split(": ")[1].split(", ")
+        for start in ("not in the file", "not used")
+    )
+    assert set(absent) == set(kept)
+    assert set(unused) == {"head.weight", "head.bias"}
+
+
+def test_distillation_token_has_no_place(tmp_path: Path) -> None:
+    state = plain_state(3)
+    table = state["pos_embed"]
+    state["dist_token"] = torch.randn(1, 1, 16)
+    state["pos_embed"] = torch.cat([table[:, :1], torch.randn(1, 1, 16), table[:, 1:]], dim=1)
+    torch.save(state, tmp_path / "distilled.pth")
+    model = timm.create_model("lf_deit_nano", **TINY)
+    utils.initialise_from(model, str(tmp_path / "distilled.pth"))
+    assert torch.equal(model.pos_embed_list[0], table)
+
+
+def test_finetuning_needs_a_tensor_that_fits(tmp_path: Path) -> None:
+    torch.save({"model": STATE}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="other.pth"):
+        utils.initialise_from(timm.create_model("lf_deit_nano", **TINY), str(tmp_path / "other.pth"))
+
+
+# Random numbers
+
+
+def test_generators_continue_from_a_file(tmp_path: Path) -> None:
+    def numbers() -> list[float]:
+        own = [torch.randn(()).item(), np.random.standard_normal(), random.gauss(0, 1), random.random()]
+        return own + torch.randperm(9).tolist() + np.random.permutation(9).tolist()
+
+    utils.start("cpu", seed=3)
+    numbers()  # an odd number of normal draws: half a pair is kept in NumPy's and Python's state
+    utils.save_checkpoint({"model": STATE, "rng": [utils.rng_state()]}, tmp_path / "checkpoint.pth")
+    expected = numbers()
+    assert numbers() != expected
+    utils.restore_rng(utils.load_checkpoint(tmp_path / "checkpoint.pth")["rng"][0])
+    assert numbers() == expected
+    utils.start("cpu", seed=3)
+    numbers()
+    assert numbers() == expected
+
+
+# Command line
+
+
+def test_model_kwargs_take_json_and_words() -> None:
+    parser = argparse.ArgumentParser()
+    utils.add_model_arguments(parser)
+    argv = "--alpha 0.5 --model-kwargs depth=3 init=deit mlp_ratio=2.5 qkv_bias=false".split()
+    found = utils.model_arguments(parser.parse_args(argv))
+    assert found == {"alpha": 0.5, "depth": 3, "init": "deit", "mlp_ratio": 2.5, "qkv_bias": False}
+    with pytest.raises(ValueError, match="depth"):
+        utils.model_arguments(parser.parse_args(["--model-kwargs", "depth"]))
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), float("inf")])
+def test_values_out_of_range(value: float) -> None:
+    with pytest.raises(ValueError, match="--threshold"):
+        utils.check_range("--threshold", value, 0, 1)
+    utils.check_range("--threshold", 0, 0, 1)
+    utils.check_range("--threshold", 1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("a\n b"), 2, "tool.py: error: a b"),
+        (FileNotFoundError("no x"), 2, "tool.py: error: no x"),
+        (utils.MainError("the loss is nan"), 1, "tool.py: failed: the loss is nan"),
+        (KeyboardInterrupt(), 130, "tool.py: interrupted"),
+    ],
+)
+def test_errors_become_one_line_and_an_exit_code(
+    error: BaseException,
+    code: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def main() -> None:
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["/path/tool.py"])
+    with pytest.raises(SystemExit) as caught:
+        utils.run_command(main)
+    assert caught.value.code == code
+    assert capsys.readouterr().err.splitlines() == [line]
+
+
+def test_own_mistakes_keep_their_traceback() -> None:
+    def main() -> None:
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        utils.run_command(main)
