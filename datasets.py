@@ -49,6 +49,8 @@ class Folder(ImageFolder):
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         found = sorted(entry.name for entry in Path(directory).iterdir() if entry.is_dir())
+        if not found:
+            raise FileNotFoundError(f"no class folder in {directory}")
         classes = self.given or found
         if unknown := sorted(set(found) - set(classes)):
             raise ValueError(

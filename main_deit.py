@@ -362,6 +362,12 @@ def main() -> None:
         world=context.world,
         **loading,
     )
+    wrapped = model
+    if args.compile:
+        model.compile()
+    if context.world > 1:  # before the moving average starts: this gives all processes the same weights
+        ids = [context.device.index] if context.device.type == "cuda" else None
+        wrapped = DistributedDataParallel(model, device_ids=ids, find_unused_parameters=model.varying_graph)
     criterion, mixup = make_criterion(args, model.num_classes)
     update = make_update(args, model, len(train_loader), context.world, precision.scaler())
     run = Run(
@@ -384,12 +390,6 @@ def main() -> None:
         len(trainset),
         len(valset),
     )
-    wrapped = model
-    if args.compile:
-        model.compile()
-    if context.world > 1:
-        ids = [context.device.index] if context.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, device_ids=ids, find_unused_parameters=model.varying_graph)
 
     epochs = range(first, args.epochs + args.cooldown_epochs)
     on_step = step_logger(args, run.board, context, len(train_loader), epochs, update.optimizer)

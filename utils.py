@@ -258,17 +258,20 @@ def save_json(value: Any, path: Path) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
 
 
-def load_json(path: str | Path) -> Any:
-    """Reads JSON.
+def load_json(path: str | Path) -> dict[str, Any]:
+    """Reads a JSON object.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not JSON.
+        ValueError: it is not a JSON object.
     """
     try:
-        return json.loads(Path(path).read_text())
+        found = json.loads(Path(path).read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a JSON file ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a JSON {type(found).__name__}, not an object of results")
+    return found
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -344,8 +347,8 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> Non
         )
     missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     if missing or unknown:
-        parts = [f"lacks {len(missing)} tensors ({missing[0]}, ...)"] * bool(missing)
-        parts += [f"has {len(unknown)} unknown ones ({unknown[0]}, ...)"] * bool(unknown)
+        parts = [f"lacks {len(missing)} tensors ({missing[0]}, ...)"] if missing else []
+        parts += [f"has {len(unknown)} unknown ones ({unknown[0]}, ...)"] if unknown else []
         raise ValueError(f"{source} is of another model: it {' and '.join(parts)}")
     model.load_state_dict(state)
 

@@ -33,6 +33,7 @@ class TwoStageViT(AdaptiveViT):
     """
 
     num_exits = 2
+    read = slice(1)  # tokens that the last norm of stage 1 is needed for
 
     def __init__(
         self,
@@ -82,12 +83,16 @@ class TwoStageViT(AdaptiveViT):
         self.check_images(images)
         return self.coarse(images) if k == 0 else self.fine(images, prev)
 
+    def begin(self, images: Tensor) -> dict[str, Tensor]:
+        """What both stages' `embed` and `read_out` have to know about this batch; batch-first."""
+        return {}
+
     def coarse(self, images: Tensor) -> StageOutput:
         """Stage 0. Its info: `cls_attn` [B,P], `embedded` and `features` [B,P,C], P = g*g."""
-        half = self.stage_size * self.patch_size
+        info, half = self.begin(images), self.stage_size * self.patch_size
         # align_corners is part of the published weights: they were trained on this very resize.
-        patches = self.patch_embed(F.interpolate(images, (half, half), mode="bilinear", align_corners=True))
-        embedded = self.with_class_token(patches + self.pos_embed_list[0][:, 1:], 0)
+        small = F.interpolate(images, (half, half), mode="bilinear", align_corners=True)
+        embedded = self.with_class_token(self.embed(small, info) + self.pos_embed_list[0][:, 1:], 0)
         x, cls_attn = embedded, torch.zeros((), device=images.device)
         for i, block in enumerate(self.blocks):
             x, row = block.attend(x, need="cls" if i >= self.first_attention else None)
@@ -95,8 +100,8 @@ class TwoStageViT(AdaptiveViT):
             if row is not None:  # the average of rows is the row of the averaged maps
                 cls_attn = self.beta * cls_attn + (1 - self.beta) * row
         x = self.norm(x)
-        info = {"cls_attn": cls_attn, "embedded": embedded[:, 1:], "features": x[:, 1:]}
-        return StageOutput(self.head(x[:, 0]), info)
+        info |= {"cls_attn": cls_attn, "embedded": embedded[:, 1:], "features": x[:, 1:]}
+        return self.read_out(0, x, info)
 
     def fine(self, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:
         """Stage 1. Its info: `kept` [B,4k], refined patches of the 2g x 2g grid, and what `select` adds."""
@@ -109,18 +114,26 @@ class TwoStageViT(AdaptiveViT):
         reused = self.reuse_block(take(prev["features"], refined)).repeat(
             1, 4, 1
         )  # a child inherits its parent's
-        x = self.embed_patches(images, kept) + reused + take(self.pos_embed_list[1][:, 1:], kept)
+        x = self.embed(images, prev, kept) + reused + take(self.pos_embed_list[1][:, 1:], kept)
         x = torch.cat([self.with_class_token(x, 1), take(prev["embedded"], rest)], dim=1)  # [B,1+4k+g*g-k,C]
         for block in self.blocks:
             x = block(x)
-        return StageOutput(self.head(self.norm(x[:, 0])), {"kept": kept, **extra})
+        return self.read_out(1, self.norm(x[:, self.read]), {"kept": kept, "rest": rest, **extra}, prev)
+
+    def read_out(
+        self, k: int, x: Tensor, info: dict[str, Tensor], prev: dict[str, Tensor] | None = None
+    ) -> StageOutput:
+        """Logits of stage `k` from its normalised tokens [B,N,C] (stage 1: those that `read` names)."""
+        return StageOutput(self.head(x[:, 0]), info)
 
     def with_class_token(self, patches: Tensor, k: int) -> Tensor:
         token = self.cls_token + self.pos_embed_list[k][:, :1]
         return torch.cat([token.expand(len(patches), -1, -1), patches], dim=1)
 
-    def embed_patches(self, images: Tensor, index: Tensor) -> Tensor:
-        """Embeds patches `index` [B,n] of the full image only, as [B,n,C]."""
+    def embed(self, images: Tensor, info: dict[str, Tensor], index: Tensor | None = None) -> Tensor:
+        """Embeds all patches of images as [B,P,C], or patches `index` [B,n] of the full image as [B,n,C]."""
+        if index is None:
+            return self.patch_embed(images)
         side, p = 2 * self.stage_size, self.patch_size
         grid = (
             images.unflatten(3, (side, p)).unflatten(2, (side, p)).permute(0, 2, 4, 1, 3, 5)

@@ -46,7 +46,7 @@ def run(*argv: object, timeout: float = 300, **environment: str) -> subprocess.C
     return subprocess.run(
         [sys.executable, *map(str, argv)],
         cwd=ROOT,
-        env=os.environ | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -8,6 +8,8 @@ import torch
 from cases import Command, run
 from PIL import Image
 
+torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+
 CLASSES = ("amber", "blue", "coral", "dusk")
 COUNTS = {"train": 16, "val": 10}  # images per class
 

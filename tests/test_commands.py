@@ -89,10 +89,10 @@ def infer(
 
 
 def table_of(out: str, title: str) -> list[list[str]]:
-    """Rows of a printed table, the header first."""
+    """Cells of the printed table below a title, the header first, without rules."""
     lines = out.split(title, 1)[1].splitlines()[1:]
-    rows = [re.split(r"\s{2,}", line.strip()) for line in lines]
-    return rows[: rows.index([""])] if [""] in rows else rows
+    lines = lines[: lines.index("")] if "" in lines else lines
+    return [re.split(r"\s{2,}", line.strip()) for line in lines if set(line) - set(" -")]
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -141,6 +141,30 @@ def test_first_and_last_learning_rate(trained: Path) -> None:
     assert log_of(trained)[0]["train_lr"] == pytest.approx(1e-6)
     saved = utils.load_checkpoint(trained / "checkpoint.pth")["optimizer"]["param_groups"]
     assert all(group["lr"] == pytest.approx(1e-5) for group in saved)
+
+
+def test_learning_rate_and_decay_of_the_weights() -> None:
+    """The rate grows with the images of an update; biases, norms, class token and positions do not decay."""
+    args = main_deit.parse([*TRAIN, "--data-path", "unused", "--accumulate", "2"])
+    model = utils.create_model("lf_deit_nano", {})
+    update = main_deit.make_update(args, model, 10, 4, torch.amp.GradScaler("cpu", enabled=False))
+    groups = update.optimizer.param_groups
+    assert {group["initial_lr"] for group in groups} == {5e-4 * 32 * 2 * 4 / 512}
+    decayed = {id(weight) for group in groups if group["weight_decay"] for weight in group["params"]}
+    free = {name for name, weight in model.named_parameters() if id(weight) not in decayed}
+    flat = {name for name, weight in model.named_parameters() if weight.ndim == 1}
+    assert free == flat | {"cls_token", "pos_embed_list.0", "pos_embed_list.1"}
+
+
+def test_flags_win_over_the_recipe_of_the_model() -> None:
+    arguments = "--data-path unused --epochs 200".split()
+    recipe, chosen, plain = (
+        main_deit.model_kwargs(main_deit.parse([*arguments, *more.split()]), 4)
+        for more in ("--model lf_deit_nano", "--model lf_deit_nano --select-from 0.5", "--model deit_nano")
+    )
+    assert recipe["select_from_epoch"] == pytest.approx(200 * 231 / 300)
+    assert chosen["select_from_epoch"] == 100 and "select_from_epoch" not in plain
+    assert recipe["num_classes"] == 4
 
 
 def test_evaluation_repeats_the_log(command: Command, folder: Path, trained: Path) -> None:
@@ -255,7 +279,7 @@ def test_exact_command_prints_and_stores(
         assert (gflops[0], gflops[-1]) == pytest.approx(tuple(answers.gflops))
         assert gflops == sorted(gflops)
         rows = table_of(ended.out, "early exit by threshold")[1:]
-        assert [row[0] for row in rows] == [f"{t / 100:.2f}" for t in range(0, 101, 5)]
+        assert [float(row[0]) for row in rows] == [t / 100 for t in range(0, 101, 5)]
         assert [float(row[2]) for row in rows] == pytest.approx(accuracy[::5], abs=0.01)
         assert [float(row[3]) + float(row[4]) for row in rows] == pytest.approx([100] * 21, abs=0.1)
     assert after.keys() - before.keys() == {"flops", *STORED[mode]}

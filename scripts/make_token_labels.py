@@ -1,0 +1,235 @@
+"""Makes the token labels that LV-ViT trains with, from any classifier, for the training images of a folder.
+
+    python scripts/make_token_labels.py --model nfnet_l0 --data-path IMAGENET --output token_labels
+    python scripts/make_token_labels.py --checkpoint deit_nano.pth --data-path data/digits --output token_labels
+
+Every image is resized to a square, so that the cells of its label cover all of it, in shares of its width and
+height. The classifier's head is applied to each of its patches or feature-map cells, the logits are resized to
+the label's grid, and the best classes of every cell are kept. Their scores are logits less the mean of the
+classes left out (the logarithm of the mean exponential): with those at 0, where training puts them, a softmax
+gives the classifier's own probabilities. Labels that exist are not made again.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import datasets  # noqa: E402
+import utils  # noqa: E402
+from models import AdaptiveViT  # noqa: E402
+from models.token_labels import label_path  # noqa: E402
+
+LARGEST_HALF = 2048  # half precision holds whole numbers up to this one
+
+
+def load_own(name: str, checkpoint: dict, source: str | None, options: dict) -> tuple[nn.Module, dict]:
+    """A plain model of this project with the weights of a checkpoint, and how it wants its images."""
+    if source is None:
+        raise ValueError(f"{name} has no published weights: give --checkpoint")
+    model, *_ = utils.model_from_checkpoint(checkpoint, source, name, options)
+    if type(model) is not AdaptiveViT:  # the others leave tokens out, or see the image in two resolutions
+        raise ValueError(f"{name} does not classify every patch: take a plain one such as deit_nano")
+    return model, datasets.DATA_CONFIG | {"img_size": model.img_size}
+
+
+def load_timm(name: str, checkpoint: dict, source: str | None, options: dict) -> tuple[nn.Module, dict]:
+    """A model of timm with the weights of a checkpoint or its published ones, and how it wants its images."""
+    if source is None and not timm.models.is_model_pretrained(name):
+        raise ValueError(f"{name} has no published weights: give --checkpoint")
+    published = timm.get_pretrained_cfg(name)
+    side = options.get("img_size")
+    kwargs = options if published and published.fixed_input_size else {}  # others take any size as they are
+    if source is not None:
+        heads = published.classifier if published else None
+        head = f"{heads[0] if isinstance(heads, (list, tuple)) else heads}.weight"
+        if head in checkpoint["model"]:
+            kwargs = kwargs | {"num_classes": len(checkpoint["model"][head])}
+    model = timm.create_model(name, pretrained=source is None, **kwargs)
+    if source is not None:
+        utils.load_weights(model, checkpoint["model"], source)
+    config = resolve_model_data_config(model)
+    return model, config | {"img_size": side or config["input_size"][-1]}
+
+
+def load_classifier(
+    name: str | None, source: str | None, img_size: int | None
+) -> tuple[nn.Module, dict, dict]:
+    """Builds the classifier.
+
+    Args:
+        name: registered model; default: the one that the checkpoint names.
+        source: checkpoint; default: the weights that timm publishes.
+        img_size: side of the model input in pixels; default: the model's own.
+
+    Returns:
+        The model in evaluation mode, how it wants its images, and the checkpoint, {} without one.
+
+    Raises:
+        ValueError: the model is unknown, has no weights, or does not fit them.
+    """
+    checkpoint = utils.load_checkpoint(source) if source else {}
+    name = name or checkpoint.get("model_name")
+    if not name:
+        raise ValueError("no model given: name one with --model")
+    if not timm.is_model(name):
+        raise ValueError(f"unknown model {name!r}: --model takes any model of timm or of this project")
+    own = timm.model_entrypoint(name).__module__.startswith("models.")
+    options = {"img_size": img_size} if img_size else {}
+    model, config = (load_own if own else load_timm)(name, checkpoint, source, options)
+    return model.eval(), config | {"name": name} | checkpoint.get("data_config", {}), checkpoint
+
+
+def cell_logits(model: nn.Module, images: Tensor) -> Tensor:
+    """The classifier's logits for every patch or feature-map cell.
+
+    Args:
+        model: a plain AdaptiveViT, or a model of timm with `forward_features` and `forward_head`.
+        images: [B,3,S,S].
+
+    Returns:
+        [B,K,h,w].
+
+    Raises:
+        ValueError: the model has no square grid of features.
+    """
+    if isinstance(model, AdaptiveViT):
+        x = model.patch_embed(images)
+        x = torch.cat([model.cls_token.expand(len(x), -1, -1), x], dim=1) + model.pos_embed  # [B,N,C]
+        for block in model.blocks:
+            x = block(x)
+        logits = model.head(model.norm(x[:, 1:]))  # [B,P,K]
+    else:
+        features = model.forward_features(images)
+        dims = features.ndim if isinstance(features, Tensor) else 0
+        if dims == 4:  # every cell on its own is a 1 x 1 map: pooling then changes nothing
+            channels_last = features.shape[1] != model.num_features == features.shape[3]
+            cells = features if channels_last else features.permute(0, 2, 3, 1)  # [B,h,w,C]
+            shape = (1, 1, -1) if channels_last else (-1, 1, 1)
+            logits = model.forward_head(cells.flatten(0, 2).unflatten(1, shape)).unflatten(
+                0, (len(images), -1)
+            )
+        elif dims == 3:  # a sequence of nothing but one patch pools to it, by class token or by mean
+            prefix = getattr(model, "num_prefix_tokens", 0)
+            patches = features[:, prefix:]
+            copies = patches.flatten(0, 1)[:, None].expand(-1, prefix + 1, -1)
+            logits = model.forward_head(copies).unflatten(0, patches.shape[:2])
+        else:
+            raise ValueError(f"{type(model).__name__} has no features by patch: take another --model")
+    side = math.isqrt(logits.shape[1])
+    if side**2 != logits.shape[1]:
+        raise ValueError(
+            f"{type(model).__name__} has {logits.shape[1]} patches, no square: take another --model"
+        )
+    return logits.transpose(1, 2).unflatten(2, (side, side))
+
+
+def make_labels(logits: Tensor, size: int, top_k: int) -> Tensor:
+    """Labels [B,2,T,G,G] from logits [B,K,h,w]: scores and numbers of the best T classes of every cell.
+
+    A class that is left out counts 0, and e^0 = 1 is then the mean of e^logit over those left out.
+    """
+    logits = F.interpolate(logits.float(), (size, size), mode="bilinear")
+    scores, classes = logits.topk(top_k, dim=1)
+    left_out = logits.shape[1] - top_k
+    if left_out:
+        rest = logits.scatter(1, classes, -torch.inf).logsumexp(dim=1, keepdim=True)
+        scores = scores - (rest - math.log(left_out))
+    return torch.stack([scores, classes.to(scores.dtype)], dim=1)
+
+
+def plan(data: datasets.Folder, output: Path, record: dict) -> list[tuple[int, Path]]:
+    """Numbers of the images that have no label yet, and where it goes; makes the folders.
+
+    Raises:
+        ValueError: two images would share a label, or the output holds labels of another kind.
+    """
+    sources: dict[Path, Path] = {}
+    for path, _ in data.samples:
+        target = label_path(output, path)
+        if target in sources:
+            raise ValueError(f"{path} and {sources[target]} have one name up to the first dot: rename one")
+        sources[target] = path
+    file = output / "labels.json"
+    if file.exists() and utils.load_json(file) != record:
+        raise ValueError(f"{output} holds labels made otherwise (see {file}): give another --output")
+    for folder in {target.parent for target in sources}:
+        folder.mkdir(parents=True, exist_ok=True)
+    utils.save_json(record, file)
+    return [(i, target) for i, target in enumerate(sources) if not target.exists()]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", metavar="NAME", help="model of timm or of this project; default: the checkpoint's")
+    add("--checkpoint", metavar="FILE", help="its weights; default: those that timm publishes")
+    add("--data-path", required=True, metavar="DIR", help="folder with train/CLASS/IMAGE")
+    add("--output", required=True, type=Path, metavar="DIR", help="where CLASS/IMAGE.pt go")
+    add("--top-k", type=int, default=5, metavar="T", help="classes kept in every cell (5)")
+    add("--size", type=int, default=18, metavar="G", help="side of the label in cells (18)")
+    add("--img-size", type=int, metavar="PX", help="side of the model input; default: the model's")
+    add("--batch-size", type=int, default=64, metavar="N")
+    add("--num_workers", "--workers", type=int, default=4, metavar="N", help="loading processes (4)")
+    add("--device", help="default: cuda if there is one, else cpu")
+    return parser.parse_args()
+
+
+@torch.inference_mode()
+def main() -> None:
+    args = parse()
+    for name, least in {"top_k": 1, "size": 1, "batch_size": 1, "num_workers": 0}.items():
+        utils.check_range(f"--{name.replace('_', '-')}", getattr(args, name), least)
+    if args.img_size is not None:
+        utils.check_range("--img-size", args.img_size, 1)
+    device = utils.start(args.device).device
+    model, config, checkpoint = load_classifier(args.model, args.checkpoint, args.img_size)
+    classes = model.num_classes
+    utils.check_range("--top-k", args.top_k, 1, classes)
+
+    # The whole image, not the centre that is cut out in evaluation; the aspect ratio is given up for it.
+    look = {key: config[key] for key in ("mean", "std", "interpolation")} | {
+        "crop_pct": 1.0,
+        "crop_mode": "squash",
+    }
+    transform = datasets.eval_transform(config["img_size"], look)
+    data = datasets.build_dataset("IMNET", args.data_path, "train", transform)
+    if len(data.classes) != classes or checkpoint.get("classes", data.classes) != data.classes:
+        raise ValueError(
+            f"{config['name']} knows other classes ({classes}) than {args.data_path} ({len(data.classes)}):"
+            " labels name classes by number, so take a classifier of this very data set"
+        )
+    source = Path(args.checkpoint).name if args.checkpoint else None
+    record = {"model": config["name"], "checkpoint": source, "img_size": config["img_size"]}
+    todo = plan(data, args.output, record | {"top_k": args.top_k, "size": args.size})
+
+    model.to(device)
+    dtype = torch.float16 if classes <= LARGEST_HALF else torch.float32
+    targets = iter([target for _, target in todo])
+    loader = datasets.eval_loader(Subset(data, [i for i, _ in todo]), args.batch_size, args.num_workers)
+    with utils.progress(len(data), initial=len(data) - len(todo)) as bar:
+        for images, _ in loader:
+            labels = make_labels(cell_logits(model, images.to(device)), args.size, args.top_k).to(dtype).cpu()
+            if not labels.isfinite().all():
+                raise utils.MainError(f"{config['name']} gives scores that are not finite numbers")
+            for label in labels:
+                # A clone: a row is saved with the memory of its whole batch.
+                utils.write_atomically(
+                    next(targets), lambda file, label=label: torch.save(label.clone(), file)
+                )
+            bar.update(len(labels))
+    print(f"{args.output}: {len(todo)} token labels made, {len(data) - len(todo)} were there")
+
+
+if __name__ == "__main__":
+    utils.run_command(main)
