@@ -24,6 +24,7 @@ from engine import Precision, cascade, early_exit, predict, time_pass
 from models import Adaptive
 from models.cost import exit_gflops
 from models.exits import Predictions, budget_threshold, confidence, operating_points, uniform_thresholds
+from models.weights import create_model, model_from_checkpoint
 from utils import log
 
 MODES = {
@@ -120,7 +121,7 @@ class Session(NamedTuple):
 
 def open_session(args: argparse.Namespace, context: utils.Context) -> Session:
     checkpoint = utils.load_checkpoint(args.checkpoint_path)
-    model, name, _ = utils.model_from_checkpoint(
+    model, name, _ = model_from_checkpoint(
         checkpoint, args.checkpoint_path, args.model, utils.model_arguments(args), args.use_ema
     )
     gflops = exit_gflops(model)
@@ -263,7 +264,7 @@ def mode_timed(session: Session) -> None:
             logits, exits = early_exit(model, images, session.thresholds())
         return torch.stack([exits, logits.argmax(dim=-1) == target])
 
-    plain = utils.create_model(args.baseline, {"num_classes": model.num_classes}) if args.baseline else None
+    plain = create_model(args.baseline, {"num_classes": model.num_classes}) if args.baseline else None
     baseline_gflops = exit_gflops(plain)[-1] if plain else None
     if plain:
         if plain.img_size != model.img_size:

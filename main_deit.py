@@ -30,6 +30,7 @@ import utils
 from engine import Precision, Update, predict, train_one_epoch
 from models import recipe_of
 from models.exits import choose_exits, uniform_thresholds
+from models.weights import create_model, initialise_from, load_weights, model_from_checkpoint
 from utils import log
 from visualize import contact_sheet, explain
 
@@ -235,7 +236,7 @@ class Run:
         if checkpoint.get("scaler"):
             update.scaler.load_state_dict(checkpoint["scaler"])
         if update.ema is not None and checkpoint.get("model_ema"):
-            utils.load_weights(update.ema.module, checkpoint["model_ema"], self.args.resume)
+            load_weights(update.ema.module, checkpoint["model_ema"], self.args.resume)
         self.best = checkpoint.get("best", -1.0)
         states = checkpoint.get("rng", [])
         if len(states) == self.context.world:
@@ -327,11 +328,11 @@ def main() -> None:
     trainset = None if args.eval else datasets.build_dataset(args.data_set, split="train", **source)
     kwargs = model_kwargs(args, len(trainset.classes) if trainset else None)
     if checkpoint:
-        model, name, kwargs = utils.model_from_checkpoint(checkpoint, args.resume, args.model, kwargs)
+        model, name, kwargs = model_from_checkpoint(checkpoint, args.resume, args.model, kwargs)
     else:
-        model, name = utils.create_model(args.model, kwargs), args.model
+        model, name = create_model(args.model, kwargs), args.model
     if args.finetune:
-        utils.initialise_from(model, args.finetune)
+        initialise_from(model, utils.load_checkpoint(args.finetune)["model"], args.finetune)
     classes = checkpoint.get("class_names") or (trainset.classes if trainset else None)
     valset = datasets.build_dataset(
         args.data_set,

@@ -23,6 +23,7 @@ import utils
 from engine import cascade
 from models import Adaptive
 from models.exits import confidence
+from models.weights import model_from_checkpoint
 from utils import log
 
 PANEL = 224  # pixels a side; smaller images are enlarged by a whole factor
@@ -283,7 +284,7 @@ def main() -> None:
     utils.check_range("--batch-size", args.batch_size, 1)
     utils.check_range("--columns", args.columns, 1)
     checkpoint = utils.load_checkpoint(args.resume)
-    model, _, _ = utils.model_from_checkpoint(
+    model, _, _ = model_from_checkpoint(
         checkpoint, args.resume, args.model, utils.model_arguments(args), args.use_ema
     )
     model.to(context.device)

@@ -49,9 +49,10 @@ def sharp(folder: Path, trained: Path) -> Path:
     """The trained checkpoint with a head that makes confidences and predictions differ. Copy it to write."""
     import datasets
     import utils
+    from models.weights import model_from_checkpoint
 
     checkpoint = utils.load_checkpoint(trained / "checkpoint.pth")
-    model, *_ = utils.model_from_checkpoint(checkpoint, "the trained model", None, {})
+    model, *_ = model_from_checkpoint(checkpoint, "the trained model", None, {})
     data = datasets.build_dataset(
         "IMNET", folder, "val", datasets.eval_transform(56, checkpoint["data_config"])
     )

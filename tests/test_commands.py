@@ -19,6 +19,7 @@ import datasets
 import main_deit
 import utils
 from models.cost import exit_gflops
+from models.weights import create_model, model_from_checkpoint
 
 THRESHOLD = 0.3
 TRAIN = "--model lf_deit_nano --epochs 2 --batch-size 32 --device cpu --num_workers 0".split()
@@ -54,7 +55,7 @@ class Answers(NamedTuple):
 @pytest.fixture(scope="module")
 def answers(folder: Path, sharp: Path) -> Answers:
     checkpoint = utils.load_checkpoint(sharp)
-    model, *_ = utils.model_from_checkpoint(checkpoint, "sharp", None, {})
+    model, *_ = model_from_checkpoint(checkpoint, "sharp", None, {})
     data = datasets.build_dataset(
         "IMNET", folder, "val", datasets.eval_transform(56, checkpoint["data_config"])
     )
@@ -146,7 +147,7 @@ def test_first_and_last_learning_rate(trained: Path) -> None:
 def test_learning_rate_and_decay_of_the_weights() -> None:
     """The rate grows with the images of an update; biases, norms, class token and positions do not decay."""
     args = main_deit.parse([*TRAIN, "--data-path", "unused", "--accumulate", "2"])
-    model = utils.create_model("lf_deit_nano", {})
+    model = create_model("lf_deit_nano", {})
     update = main_deit.make_update(args, model, 10, 4, torch.amp.GradScaler("cpu", enabled=False))
     groups = update.optimizer.param_groups
     assert {group["initial_lr"] for group in groups} == {5e-4 * 32 * 2 * 4 / 512}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import models  # noqa: F401  (registers the models)
 import utils
+from models.weights import create_model, initialise_from, load_weights, model_from_checkpoint
 from utils import Results
 
 STATE = {"head.weight": torch.arange(6.0).reshape(2, 3), "head.bias": torch.tensor([1.0, -2.0])}
@@ -210,7 +211,7 @@ def test_results_survive_a_checkpoint_and_json(tmp_path: Path) -> None:
 def test_loading_weights_is_strict() -> None:
     model = timm.create_model("lf_deit_nano", **TINY)
     state = {name: torch.full_like(value, 0.5) for name, value in model.state_dict().items()}
-    utils.load_weights(model, state, "file.pth")
+    load_weights(model, state, "file.pth")
     assert same_state(model.state_dict(), state)
     cases = {
         r"head.weight is \(7, 16\) there and \(4, 16\) here": state | {"head.weight": torch.zeros(7, 16)},
@@ -219,38 +220,36 @@ def test_loading_weights_is_strict() -> None:
     }
     for text, bad in cases.items():
         with pytest.raises(ValueError, match=f"file.pth .*{text}"):
-            utils.load_weights(
-                model, {name: torch.zeros_like(value) for name, value in bad.items()}, "file.pth"
-            )
+            load_weights(model, {name: torch.zeros_like(value) for name, value in bad.items()}, "file.pth")
         assert same_state(model.state_dict(), state)  # nothing of it was loaded
 
 
 def test_model_is_rebuilt_from_its_checkpoint(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = utils.create_model("lf_deit_nano", TINY)
+    model = create_model("lf_deit_nano", TINY)
     average = {name: value + 1 for name, value in model.state_dict().items()}
     saved = {"model": model.state_dict(), "model_ema": average, "model_name": "lf_deit_nano"}
     utils.save_checkpoint(saved | {"model_kwargs": TINY}, tmp_path / "checkpoint.pth")
     checkpoint = utils.load_checkpoint(tmp_path / "checkpoint.pth")
-    again, name, kwargs = utils.model_from_checkpoint(checkpoint, "file.pth", None, {})
+    again, name, kwargs = model_from_checkpoint(checkpoint, "file.pth", None, {})
     assert (name, kwargs) == ("lf_deit_nano", TINY)
     assert same_state(again.state_dict(), model.state_dict())
-    averaged, *_ = utils.model_from_checkpoint(checkpoint, "file.pth", None, {}, use_ema=True)
+    averaged, *_ = model_from_checkpoint(checkpoint, "file.pth", None, {}, use_ema=True)
     assert same_state(averaged.state_dict(), average)
-    other, _, kwargs = utils.model_from_checkpoint(checkpoint, "file.pth", None, {"region_size": 3})
+    other, _, kwargs = model_from_checkpoint(checkpoint, "file.pth", None, {"region_size": 3})
     assert other.region_size == kwargs["region_size"] == 3  # the command line wins
     with pytest.raises(ValueError, match="file.pth is a checkpoint of lf_deit_nano, not of deit_nano"):
-        utils.model_from_checkpoint(checkpoint, "file.pth", "deit_nano", {})
+        model_from_checkpoint(checkpoint, "file.pth", "deit_nano", {})
 
 
 def test_foreign_weights_need_a_name_but_no_number_of_classes() -> None:
-    state = utils.create_model("deit_nano", {"num_classes": 7}).state_dict()
-    model, *_ = utils.model_from_checkpoint({"model": state}, "file.pth", "deit_nano", {})
+    state = create_model("deit_nano", {"num_classes": 7}).state_dict()
+    model, *_ = model_from_checkpoint({"model": state}, "file.pth", "deit_nano", {})
     assert model.num_classes == 7 and same_state(model.state_dict(), state)
     with pytest.raises(ValueError, match="--model"):
-        utils.model_from_checkpoint({"model": state}, "file.pth", None, {})
+        model_from_checkpoint({"model": state}, "file.pth", None, {})
     with pytest.raises(ValueError, match="--use-ema"):
-        utils.model_from_checkpoint({"model": state}, "file.pth", "deit_nano", {}, use_ema=True)
+        model_from_checkpoint({"model": state}, "file.pth", "deit_nano", {}, use_ema=True)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +268,7 @@ def test_foreign_weights_need_a_name_but_no_number_of_classes() -> None:
 )
 def test_models_that_cannot_be_made(name: str | None, kwargs: dict, text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        utils.create_model(name, kwargs)
+        create_model(name, kwargs)
 
 
 # Starting from the weights of a plain model
@@ -296,7 +295,7 @@ def test_finetuning_starts_from_a_plain_model(
     torch.save({"model": state}, tmp_path / "deit.pth")
     model = timm.create_model("lf_deit_nano", **TINY)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    utils.initialise_from(model, str(tmp_path / "deit.pth"))
+    initialise_from(model, utils.load_checkpoint(tmp_path / "deit.pth")["model"], str(tmp_path / "deit.pth"))
     after = model.state_dict()
     for stage, side in enumerate((3, 6)):
         table = resample_abs_pos_embed(state["pos_embed"], [side, side])
@@ -317,14 +316,15 @@ def test_distillation_token_has_no_place(tmp_path: Path) -> None:
     state["pos_embed"] = torch.cat([table[:, :1], torch.randn(1, 1, 16), table[:, 1:]], dim=1)
     torch.save(state, tmp_path / "distilled.pth")
     model = timm.create_model("lf_deit_nano", **TINY)
-    utils.initialise_from(model, str(tmp_path / "distilled.pth"))
+    initialise_from(
+        model, utils.load_checkpoint(tmp_path / "distilled.pth")["model"], str(tmp_path / "distilled.pth")
+    )
     assert torch.equal(model.pos_embed_list[0], table)
 
 
-def test_finetuning_needs_a_tensor_that_fits(tmp_path: Path) -> None:
-    torch.save({"model": STATE}, tmp_path / "other.pth")
+def test_finetuning_needs_a_tensor_that_fits() -> None:
     with pytest.raises(ValueError, match="other.pth"):
-        utils.initialise_from(timm.create_model("lf_deit_nano", **TINY), str(tmp_path / "other.pth"))
+        initialise_from(timm.create_model("lf_deit_nano", **TINY), STATE, "other.pth")
 
 
 # Random numbers

@@ -1,0 +1,101 @@
+"""Models by name, and the weights of files in them."""
+
+import logging
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+
+from models.vit import Adaptive
+
+log = logging.getLogger("adaptive-vit")
+
+
+def create_model(name: str | None, kwargs: dict[str, Any]) -> Adaptive:
+    """timm.create_model, with one line of error for what it does not know or does not take."""
+    if not name:
+        raise ValueError("no model given: name one with --model")
+    if not timm.is_model(name):
+        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
+        raise ValueError(f"unknown model {name!r}" + (f"; there are {close}" if close else ""))
+    model = timm.create_model(name, **kwargs)
+    if not isinstance(model, Adaptive):
+        raise ValueError(
+            f"{name} is a plain timm model, which cannot be used here; deit_nano shows how to wrap one"
+        )
+    return model
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Loads a state dict strictly.
+
+    Raises:
+        ValueError: names or shapes differ, as for a checkpoint of another model or stage size.
+    """
+    own = model.state_dict()
+    shapes = [name for name in own if name in state and own[name].shape != state[name].shape]
+    if shapes:
+        name = shapes[0]
+        theirs, ours = tuple(state[name].shape), tuple(own[name].shape)
+        raise ValueError(
+            f"{source} does not fit the model: {name} is {theirs} there and {ours} here"
+            f" ({len(shapes)} such tensors); check --model, its stage size and the number of classes"
+        )
+    missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    if missing or unknown:
+        parts = [f"lacks {len(missing)} tensors ({missing[0]}, ...)"] if missing else []
+        parts += [f"has {len(unknown)} unknown ones ({unknown[0]}, ...)"] if unknown else []
+        raise ValueError(f"{source} is of another model: it {' and '.join(parts)}")
+    model.load_state_dict(state)
+
+
+def model_from_checkpoint(
+    checkpoint: dict[str, Any], source: str, name: str | None, kwargs: dict[str, Any], use_ema: bool = False
+) -> tuple[Adaptive, str, dict[str, Any]]:
+    """Builds the model that a checkpoint was made with and loads its weights.
+
+    Args:
+        checkpoint: from `load_checkpoint`.
+        source: the file's name, for messages.
+        name: --model; needed for foreign files, which do not say.
+        kwargs: constructor arguments from the command line; they win over the saved ones.
+        use_ema: take the averaged weights.
+
+    Returns:
+        The model, its name and its constructor arguments.
+
+    Raises:
+        ValueError: the checkpoint is of another model or lacks what was asked for.
+    """
+    saved = checkpoint.get("model_name")
+    if name and saved and name != saved:
+        raise ValueError(
+            f"{source} is a checkpoint of {saved}, not of {name}; leave --model out or name {saved}"
+        )
+    weights = checkpoint.get("model_ema") if use_ema else checkpoint["model"]
+    if weights is None:
+        raise ValueError(f"{source} holds no averaged weights (model_ema); leave --use-ema out")
+    kwargs = checkpoint.get("model_kwargs", {}) | kwargs
+    if "num_classes" not in kwargs and (head := weights.get("head.weight")) is not None:
+        kwargs["num_classes"] = len(head)
+    model = create_model(name or saved, kwargs)
+    load_weights(model, weights, source)
+    return model, name or saved, kwargs
+
+
+def initialise_from(model: Adaptive, state: dict[str, Tensor], source: str) -> None:
+    """Starts a model from the weights of a timm, DeiT or own checkpoint, and names what was not loaded.
+
+    Raises:
+        ValueError: no tensor of the file fits.
+    """
+    state = model.adapt_state_dict(state)
+    own = model.state_dict()
+    fits = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
+    if not fits:
+        raise ValueError(f"{source}: none of its {len(state)} tensors fits the model")
+    model.load_state_dict(fits, strict=False)
+    log.info("initialised %d of %d tensors from %s", len(fits), len(own), source)
+    for what, names in (("as initialised", own.keys() - fits), ("not used", state.keys() - fits)):
+        if names:
+            log.info("%s: %s", what, ", ".join(sorted(names)))
