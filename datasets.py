@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from models.token_labels import label_path, load_label
+
 DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "CIFAR100", "INAT", "INAT19")
 INAT_CATEGORIES = ("name", "kingdom", "phylum", "class", "order", "supercategory", "family", "genus")
 
@@ -57,6 +59,26 @@ class Folder(ImageFolder):
                 f"{directory} has the class folder {unknown[0]!r}, which is not among the model's classes"
             )
         return classes, {name: i for i, name in enumerate(classes)}
+
+
+class TokenLabelled(Dataset):
+    """Images of a folder tree with their token labels.
+
+    Yields what `transform(image, label)` returns, see models.token_labels.PairedTransform.
+    """
+
+    def __init__(self, folder: Folder, labels: str | Path, transform: Callable):
+        self.folder, self.labels, self.classes, self.transform = folder, labels, folder.classes, transform
+        self.label(0)  # a missing folder is told at once
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def label(self, index: int) -> torch.Tensor:
+        return load_label(label_path(self.labels, self.folder.samples[index][0]), len(self.classes))
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        return self.transform(load_image(self.folder.samples[index][0]), self.label(index))
 
 
 class INaturalist(Dataset):

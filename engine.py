@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -140,19 +139,19 @@ def train_one_epoch(
     update: Update,
     epoch: int,
     precision: Precision,
-    mixup: Mixup | None = None,
+    mixup: Callable[..., tuple[Tensor, Tensor]] | None = None,
     on_step: Callable[[int, int, dict[str, float]], None] = lambda step, images, losses: None,
 ) -> dict[str, float]:
     """Trains for one pass over the loader.
 
     Args:
         model: an Adaptive, or DistributedDataParallel around one.
-        loader: full batches of images and labels.
+        loader: full batches of images and labels, or of what `mixup` takes.
         criterion: from logits and target to a scalar.
         update: optimizer and its companions.
         epoch: 0-based.
         precision: device and autocast type.
-        mixup: applied to the full-resolution batch.
+        mixup: from a batch on the device to images and target; default: the batch is both.
         on_step: called with the step, the number of images and the losses of every batch.
 
     Returns:
@@ -170,9 +169,8 @@ def train_one_epoch(
     update.scheduler.step_update(epoch * updates)
     for step, batch in enumerate(loader):
         own.set_epoch(epoch + step / len(loader))
-        images, target = to_device(batch, precision.device)
-        if mixup:
-            images, target = mixup(images, target)
+        images, *target = to_device(batch, precision.device)
+        images, target = mixup(images, *target) if mixup else (images, *target)
         first = step - step % update.accumulate
         group = min(
             update.accumulate, len(loader) - first

@@ -28,13 +28,16 @@ from torch.utils.tensorboard import SummaryWriter
 import datasets
 import utils
 from engine import Precision, Update, predict, train_one_epoch
-from models import recipe_of
+from models import Adaptive, recipe_of
 from models.exits import choose_exits, uniform_thresholds
+from models.token_labels import PairedTransform, token_targets
 from models.weights import create_model, initialise_from, load_weights, model_from_checkpoint
 from utils import log
 from visualize import contact_sheet, explain
 
 OnOff = argparse.BooleanOptionalAction
+AMP = ("auto", "none", "fp16", "bf16")
+METRICS = ("top1_f", "top5_f", "top1_c", "top5_c")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -48,11 +51,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--finetune", metavar="FILE", help="start from the weights of a timm, DeiT or own checkpoint")
     add("--select-from", type=float, help="share of the epochs after which selection starts (LF-ViT: 0.77)")
     add("--coarse-only", type=float, help="share of the epochs that train the first stage alone")
+    add("--dense-weight", type=float, help="weight of the patch tokens' loss (LV-ViT: 1)")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data-path", "--data_url", required=True, metavar="DIR", help="folder with train/ and val/")
+    add("data", nargs="?", metavar="DIR", help="another way to give --data-path")
+    add("--data-path", "--data_url", metavar="DIR", help="folder with train/ and val/")
     add("--data-set", default="IMNET", choices=datasets.DATA_SETS, help="IMNET is any tree of class folders")
     add("--inat-category", default="name", choices=datasets.INAT_CATEGORIES)
+    add("--token-label", action="store_true", help="train on token labels, for models that take them")
+    add("--token-label-data", metavar="DIR", help="their folder, see scripts/make_token_labels.py")
     add("--download", action="store_true", help="fetch CIFAR if it is not there")
     add("--num_workers", "--workers", type=int, default=10, help="loading processes")
     add("--pin-mem", action=OnOff, default=True, help="page-locked memory for faster transfer to a GPU")
@@ -83,7 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--smoothing", type=float, default=0.1, help="label smoothing")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch-size", type=int, default=64, help="images per process and batch")
+    add("--batch-size", "-b", type=int, default=64, help="images per process and batch")
     add("--epochs", type=int, default=300)
     add("--accumulate", "--grad-accum-steps", type=int, default=1, help="batches per update")
     add("--clip-grad", type=float, help="largest gradient norm")
@@ -102,6 +109,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--cooldown-epochs", type=int, default=0, help="further epochs at --min-lr")
     add("--model-ema", action=OnOff, default=True, help="keep a moving average of the weights")
     add("--model-ema-decay", type=float, default=0.99996)
+    add(
+        "--eval-ema",
+        action=OnOff,
+        default=False,
+        help="the average's accuracy decides on the best checkpoint",
+    )
+    add(
+        "--eval-metric", default="top1_f", choices=METRICS, help="accuracy that decides: c first, f last exit"
+    )
 
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", "--output", metavar="DIR", help="where checkpoints and logs go; default: nowhere")
@@ -109,7 +125,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--eval", action="store_true", help="evaluate --resume and stop")
     add("--dist-eval", action=OnOff, default=True, help="share the evaluation out over the processes")
     add("--device", help="default: cuda if there is one, else cpu")
-    add("--amp", default="auto", choices=("auto", "none", "fp16", "bf16"), help="auto: fp16 on CUDA")
+    add("--amp", nargs="?", const="fp16", default="auto", choices=AMP, help="auto: fp16 on CUDA")
+    add(
+        "--apex-amp",
+        "--native-amp",
+        dest="amp",
+        action="store_const",
+        const="fp16",
+        help="the same as --amp fp16",
+    )
     add("--compile", action="store_true", help="compile the model with torch.compile")
     add("--channels-last", action="store_true", help="memory format of images and convolutions")
     add("--seed", type=int, default=0)
@@ -135,6 +159,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             f"--batch-size {args.batch_size} is odd and mixup pairs images:"
             " take an even one, or --mixup 0 --cutmix 0"
         )
+    args.data_path = args.data_path or args.data
+    if not args.data_path:
+        raise ValueError("no data: give the folder that holds train/ and val/ with --data-path DIR")
+    if args.token_label and not args.token_label_data:
+        raise ValueError("--token-label needs the folder of the labels: --token-label-data DIR")
+    if args.token_label and (args.data_set != "IMNET" or args.no_aug or args.mixup > 0 or args.cutmix > 0):
+        raise ValueError(
+            "--token-label goes with --data-set IMNET, --mixup 0 and --cutmix 0, without --no-aug"
+        )
     if args.eval and not args.resume:
         raise ValueError("--eval needs the checkpoint to evaluate: --resume FILE")
     return args
@@ -147,13 +180,27 @@ def model_kwargs(args: argparse.Namespace, num_classes: int | None) -> dict:
         kwargs["num_classes"] = num_classes
     if args.select_from is not None:
         kwargs["select_from_epoch"] = args.select_from * args.epochs
+    if args.dense_weight is not None:
+        kwargs["dense_weight"] = args.dense_weight
     if args.coarse_only is not None:
         kwargs["coarse_only_epochs"] = args.coarse_only * args.epochs
     return kwargs
 
 
-def make_criterion(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, Mixup | None]:
-    """Loss on one exit's logits, and the mixing that makes its targets soft."""
+def make_criterion(args: argparse.Namespace, model: Adaptive) -> tuple[nn.Module, Callable | None]:
+    """Loss on one exit's logits, and what makes its targets soft, if anything does."""
+    num_classes = model.num_classes
+    if args.token_label:
+        if not model.token_labels:
+            raise ValueError(f"--token-label: {args.model} has no loss for them")
+        grid = model.img_size // model.patch_size
+
+        def targets(
+            images: torch.Tensor, label: torch.Tensor, box: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            return images, token_targets(label, box, num_classes, grid, args.smoothing)
+
+        return SoftTargetCrossEntropy(), targets
     if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax:
         mixup = Mixup(
             args.mixup,
@@ -354,7 +401,13 @@ def main() -> None:
             log.info("%s %.3f", key, value)
         return
 
-    trainset.transform = datasets.train_transform(model.img_size, config, **augmentation(args))
+    if args.token_label:
+        augment = PairedTransform(model.img_size, config, **augmentation(args))
+        trainset = datasets.TokenLabelled(trainset, args.token_label_data, augment)
+    else:
+        trainset.transform = datasets.train_transform(
+            model.img_size, config, no_aug=args.no_aug, **augmentation(args)
+        )
     train_loader = datasets.train_loader(
         trainset,
         args.batch_size,
@@ -369,7 +422,7 @@ def main() -> None:
     if context.world > 1:  # before the moving average starts: this gives all processes the same weights
         ids = [context.device.index] if context.device.type == "cuda" else None
         wrapped = DistributedDataParallel(model, device_ids=ids, find_unused_parameters=model.varying_graph)
-    criterion, mixup = make_criterion(args, model.num_classes)
+    criterion, mixup = make_criterion(args, model)
     update = make_update(args, model, len(train_loader), context.world, precision.scaler())
     run = Run(
         args,
@@ -401,9 +454,11 @@ def main() -> None:
             wrapped, train_loader, criterion, update, epoch, precision, mixup, on_step(epoch)
         )
         tested = evaluate(model, val_loader, precision)
-        score = tested[f"test_exit{model.num_exits - 1}_acc1"]
         if update.ema is not None:
             tested |= evaluate(update.ema.module, val_loader, precision, "ema_")
+        decides = "ema" if args.eval_ema and update.ema is not None else "test"
+        exit_, top = 0 if args.eval_metric.endswith("_c") else model.num_exits - 1, args.eval_metric[3]
+        score = tested[f"{decides}_exit{exit_}_acc{top}"]
         run.save(model, update, epoch, score)
         entry = {"train_lr": lr, **{f"train_{key}": value for key, value in losses.items()}, **tested}
         run.write(entry | {"epoch": epoch, "n_parameters": parameters}, epoch)
@@ -420,7 +475,6 @@ def main() -> None:
 def augmentation(args: argparse.Namespace) -> dict:
     """Arguments of timm.data.create_transform."""
     return dict(
-        no_aug=args.no_aug,
         scale=tuple(args.scale),
         ratio=tuple(args.ratio),
         hflip=args.hflip,

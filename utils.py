@@ -57,6 +57,7 @@ def run_command(main: Callable[[], None]) -> None:
 
 MODEL_FLAGS = {
     "--location-stage-size": (int, "LF-ViT: side of the location grid in patches (7 or 9)"),
+    "--coarse-stage-size": (int, "CF-ViT: side of the coarse grid in patches (7 or 9)"),
     "--region-size": (int, "LF-ViT: side of the region in location patches"),
     "--alpha": (float, "share of the patches (LF-ViT: of the region's patches) that are refined"),
 }

@@ -16,9 +16,9 @@ from models.vit import NANO, StageOutput, build
 
 
 class Stem(nn.Module):
-    """Three 3x3-ish convolutions at half resolution, then one that makes the patches."""
+    """Three convolutions with batch norm at half resolution, then one that makes the patches."""
 
-    def __init__(self, patch_size: int, embed_dim: int, width: int = 64):
+    def __init__(self, patch_size: int, embed_dim: int, width: int):
         super().__init__()
         if patch_size % 2:
             raise ValueError(f"patch_size is {patch_size}: the stem halves the image, take an even one")
@@ -75,18 +75,35 @@ class CFLVViT(CFViT):
     Args:
         mix_token: whether training mixes patches.
         dense_weight: weight of the patch tokens' loss.
-        ground_truth: correct token labels whose class is not the image's (`--ground-truth` of the original).
+        stem_width: channels of the stem.
     """
 
     read = slice(None)
+    token_labels = True
+    recipe = {
+        "select_from": 201 / 300,
+        "lr": 1.6e-3,
+        "unscale_lr": True,
+        "cooldown_epochs": 10,
+        "crop_pct": 0.9,
+        "train_interpolation": "random",
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "repeated_aug": False,
+        "model_ema": False,
+        "model_ema_decay": 0.99992,
+        "eval_ema": True,
+        "seed": 42,
+    }
 
-    def __init__(self, mix_token: bool = True, dense_weight: float = 1.0, **cf):
+    def __init__(self, mix_token: bool = True, dense_weight: float = 1.0, stem_width: int = 64, **cf):
+        self.stem_width = stem_width  # read by make_patch_embed, which the base constructor calls
         super().__init__(**cf)
         self.mix_token, self.dense_weight = mix_token, dense_weight
         self.aux_head = nn.Linear(self.embed_dim, self.num_classes)
 
     def make_patch_embed(self) -> nn.Module:
-        return Stem(self.patch_size, self.embed_dim)
+        return Stem(self.patch_size, self.embed_dim, self.stem_width)
 
     def begin(self, images: Tensor) -> dict[str, Tensor]:
         if not (self.training and self.mix_token):
@@ -162,4 +179,4 @@ def cf_lvvit_small(pretrained: bool = False, **kwargs) -> CFLVViT:
 @register_model
 def cf_lvvit_nano(pretrained: bool = False, **kwargs) -> CFLVViT:
     """CF-ViT on LV-ViT at the size of the embedded data set: 7x7 coarse grid, 56 pixels."""
-    return build(CFLVViT, NANO | LV, {"pretrained": pretrained, **kwargs})
+    return build(CFLVViT, NANO | LV | {"stem_width": 16}, {"pretrained": pretrained, **kwargs})

@@ -3,10 +3,10 @@
 Jiang et al., "All Tokens Matter: Token Labeling for Training Better Vision Transformers", NeurIPS 2021,
 arXiv 2104.10858 (LV-ViT).
 
-The label of an image is a tensor [2,T,G,G]: the scores of the T best classes in each cell of a G x G grid over
+The label of an image is a tensor [2,T,G,G]: the scores of the T best classes in each cell of a G x G grid on
 the whole image, then their class numbers. It is made once (scripts/make_token_labels.py), kept as a file and
-augmented with its image. Only the random crop is not applied to it but recorded as a box, which `token_targets`
-cuts out when it turns a batch of labels into distributions.
+augmented with its image. The random crop alone is not applied to it but recorded as a box, which
+`token_targets` cuts out when it turns a batch of labels into distributions.
 """
 
 import random
@@ -28,9 +28,7 @@ from torchvision.transforms import functional as TF
 GEOMETRIC = {"Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel"}
 OUTSIDE = -1  # number of the cell where a geometric operation uncovers what is not in the picture
 
-Pair = tuple[
-    Image.Image, Image.Image
-]  # a picture, and one of the same size with the number of every pixel's cell
+Pair = tuple[Image.Image, Image.Image]  # a picture and its `cell_picture`, after the same operations
 
 
 # Files
@@ -62,17 +60,16 @@ def load_label(path: str | Path, num_classes: int | None = None) -> Tensor:
         label = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a broken file
         raise ValueError(f"{path} is not a tensor that can be read safely: remove it and {remedy}") from error
-    shape = tuple(label.shape) if isinstance(label, Tensor) else type(label).__name__
-    if not (
-        isinstance(shape, tuple) and len(shape) == 4 and shape[0] == 2 and shape[2] == shape[3] and all(shape)
-    ):
-        raise ValueError(f"{path} holds {shape}, not [2,T,G,G] scores and classes: remove it and {remedy}")
+    shape = list(label.shape) if isinstance(label, Tensor) else []
+    if len(shape) != 4 or shape[0] != 2 or shape[2] != shape[3] or 0 in shape:
+        found = shape or f"a {type(label).__name__}"
+        raise ValueError(f"{path} holds {found}, not scores and classes [2,T,G,G]: remove it and {remedy}")
     label = label.float()
     scores, classes = label
     known = (classes >= 0) & (classes == classes.floor()) & (classes < (num_classes or float("inf")))
     if not (scores.isfinite().all() and known.all()):
-        limit = f" below {num_classes}" if num_classes else ""
-        raise ValueError(f"{path} holds scores that are not finite or classes that are not{limit}: {remedy}")
+        limit = f" from 0 to {num_classes - 1}" if num_classes else ""
+        raise ValueError(f"{path} holds other numbers than finite scores and classes{limit}: {remedy}")
     return label
 
 

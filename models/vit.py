@@ -119,12 +119,14 @@ class Adaptive(nn.Module):
         num_exits: number of stages.
         stage_names: what the paper calls them.
         recipe: training options of the published recipe, as main_deit.py names them.
+        token_labels: whether `loss` takes targets [B,K,1+P], one per patch of the full image.
         varying_graph: whether some parameters take no part in some steps (DDP has to look for them).
     """
 
     num_exits: int = 1
     stage_names: tuple[str, ...] = ("full",)
     recipe: dict[str, object] = {}
+    token_labels: bool = False
     varying_graph: bool = False
 
     def stage(self, k: int, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:

@@ -1,11 +1,11 @@
 """Makes the token labels that LV-ViT trains with, from any classifier, for the training images of a folder.
 
-    python scripts/make_token_labels.py --model nfnet_l0 --data-path IMAGENET --output token_labels
-    python scripts/make_token_labels.py --checkpoint deit_nano.pth --data-path data/digits --output token_labels
+    python scripts/make_token_labels.py --model nfnet_l0 --data-path IMAGENET --output labels
+    python scripts/make_token_labels.py --checkpoint model_best.pth --data-path data/digits --output labels
 
-Every image is resized to a square, so that the cells of its label cover all of it, in shares of its width and
-height. The classifier's head is applied to each of its patches or feature-map cells, the logits are resized to
-the label's grid, and the best classes of every cell are kept. Their scores are logits less the mean of the
+Every image is resized to a square, so that the cells of its label cover all of it, in shares of its width
+and height. The classifier's head is applied to each patch or feature-map cell, the logits are resized to the
+label's grid, and the best classes of every cell are kept. Their scores are logits less the mean of the
 classes left out (the logarithm of the mean exponential): with those at 0, where training puts them, a softmax
 gives the classifier's own probabilities. Labels that exist are not made again.
 """
@@ -27,6 +27,7 @@ import datasets  # noqa: E402
 import utils  # noqa: E402
 from models import AdaptiveViT  # noqa: E402
 from models.token_labels import label_path  # noqa: E402
+from models.weights import load_weights, model_from_checkpoint  # noqa: E402
 
 LARGEST_HALF = 2048  # half precision holds whole numbers up to this one
 
@@ -35,7 +36,7 @@ def load_own(name: str, checkpoint: dict, source: str | None, options: dict) -> 
     """A plain model of this project with the weights of a checkpoint, and how it wants its images."""
     if source is None:
         raise ValueError(f"{name} has no published weights: give --checkpoint")
-    model, *_ = utils.model_from_checkpoint(checkpoint, source, name, options)
+    model, *_ = model_from_checkpoint(checkpoint, source, name, options)
     if type(model) is not AdaptiveViT:  # the others leave tokens out, or see the image in two resolutions
         raise ValueError(f"{name} does not classify every patch: take a plain one such as deit_nano")
     return model, datasets.DATA_CONFIG | {"img_size": model.img_size}
@@ -55,7 +56,7 @@ def load_timm(name: str, checkpoint: dict, source: str | None, options: dict) ->
             kwargs = kwargs | {"num_classes": len(checkpoint["model"][head])}
     model = timm.create_model(name, pretrained=source is None, **kwargs)
     if source is not None:
-        utils.load_weights(model, checkpoint["model"], source)
+        load_weights(model, checkpoint["model"], source)
     config = resolve_model_data_config(model)
     return model, config | {"img_size": side or config["input_size"][-1]}
 
@@ -204,7 +205,7 @@ def main() -> None:
     }
     transform = datasets.eval_transform(config["img_size"], look)
     data = datasets.build_dataset("IMNET", args.data_path, "train", transform)
-    if len(data.classes) != classes or checkpoint.get("classes", data.classes) != data.classes:
+    if len(data.classes) != classes or checkpoint.get("class_names", data.classes) != data.classes:
         raise ValueError(
             f"{config['name']} knows other classes ({classes}) than {args.data_path} ({len(data.classes)}):"
             " labels name classes by number, so take a classifier of this very data set"

@@ -19,7 +19,7 @@ if [ -e "$output/results.json" ]; then
     step "training: already done, delete $output to train again"
 else
     step "training lf_deit_nano, two processes"
-    bash scripts/lf_deit_nano.sh "$data" "$output"
+    bash scripts/nano.sh lf_deit_nano "$data" "$output" --coarse-only 0.39 --select-from 0
 fi
 
 infer() { python dynamic_inference.py --data_url "$data" --checkpoint_path "$checkpoint" --num_workers 0 "$@"; }

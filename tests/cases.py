@@ -41,6 +41,40 @@ def load_case(stem: str) -> tuple[dict[str, Any], dict[str, Tensor], Tensor, dic
     return meta, weights, torch.from_numpy(image), tensors
 
 
+REGISTERED = {"lf_deit": "lf_deit_small", "cf_deit": "cf_deit_small", "cf_lvvit": "cf_lvvit_small"}
+
+
+def build_case(stem: str) -> tuple[Any, dict[str, Any], Tensor, dict[str, Tensor]]:
+    """A case's model with its weights, in evaluation mode; its description, images and expected values."""
+    import timm
+
+    import models  # noqa: F401  (registers the models)
+
+    meta, weights, image, tensors = load_case(stem)
+    ctor, name = meta["ctor"], REGISTERED[meta["family"]]
+    same = [
+        "patch_size",
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "mlp_ratio",
+        "num_classes",
+        "region_size",
+        "alpha",
+    ]
+    kwargs = {key: ctor[key] for key in same if key in ctor}
+    size = "location_stage_size" if name.startswith("lf") else "coarse_stage_size"
+    model = timm.create_model(name, **kwargs, **{size: ctor["coarse_size"]})
+    model.load_state_dict(weights)
+    return model.eval(), meta, image, {key: torch.from_numpy(value) for key, value in tensors.items()}
+
+
+def published_shapes(name: str) -> dict[str, list[int]]:
+    """Names and shapes of a published state dict."""
+    manifest = json.loads((VECTORS / f"manifest_{name}.json").read_text())
+    return {key: entry["shape"] for key, entry in manifest["state_dict"].items()}
+
+
 def run(*argv: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs this Python on the given arguments from the repository's root."""
     return subprocess.run(

@@ -14,6 +14,7 @@ import torch
 from cases import Command, Ended, run
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import datasets
 import main_deit
@@ -212,6 +213,22 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(
     for key in ("model", "model_ema", "optimizer", "lr_scheduler", "epoch", "best", "rng"):
         assert same(whole[key], resumed[key]), key
     assert log_of(tmp_path / "run") == log_of(trained)[1:]
+
+
+@pytest.mark.parametrize("repeats", ["--repeated-aug", "--no-repeated-aug"])
+def test_every_epoch_has_its_own_order(
+    repeats: str, command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orders = []
+
+    def look(model: object, loader: DataLoader, *_: object) -> dict[str, float]:
+        orders.append(list(loader.sampler))
+        return {"loss": 0.0}
+
+    monkeypatch.setattr(main_deit, "train_one_epoch", look)
+    assert command("main_deit", *TRAIN, "--data-path", folder, repeats).code == 0
+    assert len(orders) == 2 and orders[0] != orders[1]
+    assert [len(set(order)) for order in orders] == [22 if repeats == "--repeated-aug" else 64] * 2
 
 
 def test_finished_run_is_left_alone(command: Command, folder: Path, trained: Path, tmp_path: Path) -> None:

@@ -1,12 +1,10 @@
 """LF-ViT against the published code's outputs, against plain attention and against itself."""
 
-import json
-
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from cases import VECTORS, load_case
+from cases import build_case, published_shapes
 from timm.optim import create_optimizer_v2
 
 import models  # noqa: F401  (registers the models)
@@ -17,24 +15,6 @@ from models.vit import Attention, Block, StageOutput
 
 CASES = ["lf_deit_7x7_m5", "lf_deit_9x9_m8_p8", "lf_deit_9x9_m8_p16"]
 TINY = dict(patch_size=2, embed_dim=8, depth=2, num_heads=2, num_classes=3, init="fan_in")
-
-
-def published(stem: str) -> tuple[LFViT, dict, torch.Tensor, dict]:
-    meta, weights, image, expected = load_case(stem)
-    names = [
-        "patch_size",
-        "embed_dim",
-        "depth",
-        "num_heads",
-        "mlp_ratio",
-        "num_classes",
-        "region_size",
-        "alpha",
-    ]
-    kwargs = {name: meta["ctor"][name] for name in names if name in meta["ctor"]}
-    model = timm.create_model("lf_deit_small", location_stage_size=meta["ctor"]["coarse_size"], **kwargs)
-    model.load_state_dict(weights)
-    return model.eval(), meta, image, {name: torch.from_numpy(value) for name, value in expected.items()}
 
 
 def tiny(seed: int = 0, **kwargs) -> LFViT:
@@ -51,7 +31,7 @@ def images_for(model: LFViT, batch: int, seed: int = 1) -> torch.Tensor:
 @pytest.mark.parametrize("stem", CASES)
 @torch.inference_mode()
 def test_outputs_equal_the_published_codes(stem: str) -> None:
-    model, meta, image, expected = published(stem)
+    model, meta, image, expected = build_case(stem)
     first, second = model(image)
     torch.testing.assert_close(first.logits, expected["output.stage0"], atol=1e-4, rtol=0)
     torch.testing.assert_close(second.logits, expected["output.stage1"], atol=1e-4, rtol=0)
@@ -65,7 +45,7 @@ def test_outputs_equal_the_published_codes(stem: str) -> None:
 @pytest.mark.parametrize("stem", CASES)
 @torch.no_grad()
 def test_training_before_selection_sees_every_patch_with_its_position(stem: str) -> None:
-    model, _, image, expected = published(stem)
+    model, _, image, expected = build_case(stem)
     model.train()
     model.selecting = False
     second = model(image)[1]
@@ -75,10 +55,8 @@ def test_training_before_selection_sees_every_patch_with_its_position(stem: str)
 
 @pytest.mark.parametrize("size, name", [(7, "lf_deit_small"), (9, "lf_deit_small_9x9")])
 def test_state_dict_has_the_published_names_and_shapes(size: int, name: str) -> None:
-    manifest = json.loads((VECTORS / f"manifest_{name}.json").read_text())
     own = timm.create_model("lf_deit_small", location_stage_size=size).state_dict()
-    shapes = {key: entry["shape"] for key, entry in manifest["state_dict"].items()}
-    assert {key: list(value.shape) for key, value in own.items()} == shapes
+    assert {key: list(value.shape) for key, value in own.items()} == published_shapes(name)
 
 
 @pytest.mark.parametrize("stage_size, region_size", [(7, 5), (9, 8), (4, 4), (12, 8)])
