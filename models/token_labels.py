@@ -26,6 +26,7 @@ from torchvision.transforms import functional as TF
 
 # Operations of timm's RandAugment that move pixels: the label has to follow. The others change colours alone.
 GEOMETRIC = {"Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel"}
+NEAREST = Image.Resampling.NEAREST
 OUTSIDE = -1  # number of the cell where a geometric operation uncovers what is not in the picture
 
 Pair = tuple[Image.Image, Image.Image]  # a picture and its `cell_picture`, after the same operations
@@ -78,8 +79,8 @@ def load_label(path: str | Path, num_classes: int | None = None) -> Tensor:
 
 def cell_picture(size: tuple[int, int], grid: int) -> Image.Image:
     """A picture of `size` (width, height) in which every pixel is the number, row-major, of its cell."""
-    columns, rows = ((2 * np.arange(side) + 1) * grid // (2 * side) for side in size)
-    return Image.fromarray((grid * rows[:, None] + columns).astype(np.int32))
+    numbers = np.arange(grid**2, dtype=np.int32).reshape(grid, grid)
+    return Image.fromarray(numbers).resize(size, NEAREST)
 
 
 def follow(label: Tensor, cells: Image.Image) -> Tensor:
@@ -90,9 +91,8 @@ def follow(label: Tensor, cells: Image.Image) -> Tensor:
     Args:
         label: [2,T,G,G].
     """
-    grid = label.shape[-1]
-    columns, rows = ((2 * np.arange(grid) + 1) * side // (2 * grid) for side in cells.size)
-    source = torch.from_numpy(np.asarray(cells)[np.ix_(rows, columns)]).flatten()  # [G*G]
+    centres = cells.resize((label.shape[-1],) * 2, NEAREST)
+    source = torch.from_numpy(np.array(centres)).flatten()  # [G*G]
     moved = label.flatten(2)[:, :, source.clamp(min=0)]
     moved[0] *= source != OUTSIDE
     return moved.view_as(label)
@@ -102,7 +102,7 @@ def on_both(operation: Callable, geometric: bool, pair: Pair, *args: Any, **kwar
     """An operation of RandAugment with its arguments drawn, on a picture and on its cells."""
     image, cells = pair
     if geometric:
-        cells = operation(cells, *args, fillcolor=OUTSIDE, resample=Image.Resampling.NEAREST)
+        cells = operation(cells, *args, fillcolor=OUTSIDE, resample=NEAREST)
     return operation(image, *args, **kwargs), cells
 
 

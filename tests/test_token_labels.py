@@ -152,11 +152,11 @@ def differences(image: Tensor, label: Tensor, box: Tensor, grid: int = 14) -> Te
     return CELLS * (torch.stack(seen) - shown)[:, both].T
 
 
-def check_agreement(found: Tensor, least: int, lean: float = 0.12) -> None:
-    """Less than a cell apart everywhere, a third of one on average, and with hardly a lean to one side."""
+def check_agreement(found: Tensor, least: int, mean: float = 0.15, lean: float = 0.05) -> None:
+    """Less than a cell apart everywhere, far less on average, and with hardly a lean to one side."""
     assert len(found) >= least
-    assert found.abs().max() < 1
-    assert found.abs().mean() < 0.34
+    assert found.abs().max() < 0.8
+    assert found.abs().mean() < mean
     assert found.mean(dim=0).abs().max() < lean
 
 
@@ -200,7 +200,7 @@ def test_geometric_operations(name: str, magnitude: int, sign: int, size: tuple[
     pixels = torch.from_numpy(np.array(image.resize((224, 224), Image.Resampling.BOX)) / 255).permute(2, 0, 1)
     # A translation by a part of a cell is rounded, by half a cell at most and in all cells alike.
     lean = 0.52 if name.startswith("Translate") else 0.12
-    check_agreement(differences(pixels.float(), label, WHOLE[0]), least=60, lean=lean)
+    check_agreement(differences(pixels.float(), label, WHOLE[0]), least=60, mean=0.34, lean=lean)
     if magnitude == 0:
         assert torch.equal(label, coordinate_label())
     else:
