@@ -197,6 +197,12 @@ def build_dataset(
     raise ValueError(f"unknown data set {data_set!r}: take one of {', '.join(DATA_SETS)}")
 
 
+def check_classes(dataset: Dataset, num_classes: int) -> None:
+    """Raises ValueError where a data set has classes that a model does not know."""
+    if len(dataset.classes) > num_classes:
+        raise ValueError(f"the data has {len(dataset.classes)} classes, the model only {num_classes}")
+
+
 def eval_transform(img_size: int, config: dict[str, Any]) -> Callable:
     """Resize of the shorter side to img_size / crop_pct, centre crop, normalisation."""
     return create_transform(img_size, is_training=False, **config)

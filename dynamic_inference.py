@@ -24,6 +24,7 @@ from engine import Precision, cascade, early_exit, predict, time_pass
 from models import Adaptive
 from models.cost import exit_gflops
 from models.exits import Predictions, budget_threshold, confidence, operating_points, uniform_thresholds
+from models.selection import bounding_box
 from models.weights import create_model, model_from_checkpoint
 from utils import log
 
@@ -85,7 +86,7 @@ class Session(NamedTuple):
     gflops: list[float]
 
     def dataset(self, split: str) -> Dataset:
-        return datasets.build_dataset(
+        dataset = datasets.build_dataset(
             self.args.data_set,
             self.args.data_url,
             split,
@@ -93,6 +94,8 @@ class Session(NamedTuple):
             self.checkpoint.get("class_names"),
             self.args.inat_category,
         )
+        datasets.check_classes(dataset, self.model.num_classes)
+        return dataset
 
     def loader(self, dataset: Dataset) -> DataLoader:
         context, pinned = self.context, self.context.device.type == "cuda"
@@ -369,7 +372,9 @@ def mode_images(session: Session) -> None:
         found: list[list] = [[] for _ in images]
         for step in cascade(model, images, session.thresholds()):
             sure, best = confidence(step.output.logits).tolist(), step.output.logits.argmax(dim=-1).tolist()
-            regions = step.output.info.get("region")
+            info, regions = step.output.info, None
+            if "kept" in info:  # without a region of its own: the box around the refined patches
+                regions = info.get("region", bounding_box(info["kept"], model.img_size // model.patch_size))
             for at, row in enumerate(step.rows.tolist()):
                 label = names[best[at]] if names else best[at]
                 box = ""

@@ -292,11 +292,11 @@ class Run:
             log.info("the checkpoint is of %d processes: random numbers start anew", len(states))
         return checkpoint["epoch"] + 1
 
-    def write(self, entry: dict, epoch: int) -> None:
+    def write(self, entry: dict, epoch: int, parameters: int) -> None:
         """Appends an epoch to log.txt and to TensorBoard."""
         if self.folder and self.context.is_main:
             with open(self.folder / "log.txt", "a") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(json.dumps(entry | {"epoch": epoch, "n_parameters": parameters}) + "\n")
             for name, value in entry.items():
                 self.board.add_scalar(name.replace("_", "/", 1), value, epoch)
             self.board.flush()
@@ -372,13 +372,14 @@ def main() -> None:
     source = dict(
         root=args.data_path, category=args.inat_category, download=args.download and context.is_main
     )
-    trainset = None if args.eval else datasets.build_dataset(args.data_set, split="train", **source)
+    with utils.main_first(context):
+        trainset = None if args.eval else datasets.build_dataset(args.data_set, split="train", **source)
     kwargs = model_kwargs(args, len(trainset.classes) if trainset else None)
     if checkpoint:
         model, name, kwargs = model_from_checkpoint(checkpoint, args.resume, args.model, kwargs)
     else:
         model, name = create_model(args.model, kwargs), args.model
-    if args.finetune:
+    if args.finetune and not checkpoint:
         initialise_from(model, utils.load_checkpoint(args.finetune)["model"], args.finetune)
     classes = checkpoint.get("class_names") or (trainset.classes if trainset else None)
     valset = datasets.build_dataset(
@@ -388,6 +389,7 @@ def main() -> None:
         classes=classes,
         **source,
     )
+    datasets.check_classes(valset, model.num_classes)
     model.to(
         context.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format
     )
@@ -461,7 +463,7 @@ def main() -> None:
         score = tested[f"{decides}_exit{exit_}_acc{top}"]
         run.save(model, update, epoch, score)
         entry = {"train_lr": lr, **{f"train_{key}": value for key, value in losses.items()}, **tested}
-        run.write(entry | {"epoch": epoch, "n_parameters": parameters}, epoch)
+        run.write(entry, epoch, parameters)
         accuracy = ", ".join(
             f"{stage} {tested[f'test_exit{k}_acc1']:.2f}" for k, stage in enumerate(model.stage_names)
         )

@@ -7,7 +7,8 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,6 +143,16 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
+
+
+@contextmanager
+def main_first(context: Context) -> Iterator[None]:
+    """Lets the main process go through the body before the others, which then find what it fetched."""
+    if dist.is_initialized() and not context.is_main:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and context.is_main:
+        dist.barrier()
 
 
 def gather(value: Any) -> list[Any]:

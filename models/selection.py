@@ -80,6 +80,13 @@ def refine(coarse: Tensor, grid_size: int) -> Tensor:
     return torch.cat([top_left, top_left + 1, top_left + below, top_left + below + 1], dim=-1)
 
 
+def bounding_box(index: Tensor, side: int) -> Tensor:
+    """Smallest box around patches [B,n] of a grid of this side: [B,4] left, top, right, bottom, exclusive."""
+    row, column = index // side, index % side
+    low, high = torch.stack([column, row]).aminmax(dim=-1)  # each [2,B]
+    return torch.cat([low, high + 1]).T
+
+
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows `index` [B,n] of `x` [B,N,C] (or [1,N,C], shared by all images), as [B,n,C]."""
     return x.expand(len(index), -1, -1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

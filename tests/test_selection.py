@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from models.selection import best_region, refine, region_table, take, top_patches
+from models.selection import best_region, bounding_box, refine, region_table, take, top_patches
 
 GRIDS = [(g, m) for g in range(4, 13) for m in range(1, g + 1)]
 
@@ -62,6 +62,17 @@ def test_refine_gives_each_patch_its_four_children(g: int) -> None:
             row, column = divmod(t, g)
             assert children[child * k + at] == (2 * row + down) * 2 * g + 2 * column + right
     assert children.sort().values.tolist() == list(range(4 * g * g))  # all children of all patches, once each
+
+
+def test_the_bounding_box_is_the_smallest_around_the_patches() -> None:
+    index = torch.stack(
+        [torch.randperm(49, generator=torch.Generator().manual_seed(s))[:5] for s in range(20)]
+    )
+    for patches, (left, top, right, bottom) in zip(
+        index.tolist(), bounding_box(index, 7).tolist(), strict=True
+    ):
+        rows, columns = zip(*(divmod(t, 7) for t in patches), strict=True)
+        assert (min(columns), min(rows), max(columns) + 1, max(rows) + 1) == (left, top, right, bottom)
 
 
 def test_top_patches_are_sorted_and_stable() -> None:

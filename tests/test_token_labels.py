@@ -431,6 +431,9 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+OTHER = dict(mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3], crop_pct=0.8, interpolation="bicubic")
+
+
 def save_model(path: Path, name: str, sharpen: float = 20.0, **kwargs) -> nn.Module:
     """A random classifier, sure of itself, and its weights in a file."""
     seed_all(5)
@@ -438,7 +441,8 @@ def save_model(path: Path, name: str, sharpen: float = 20.0, **kwargs) -> nn.Mod
     with torch.no_grad():
         for parameter in model.get_classifier().parameters() if "test" in name else model.head.parameters():
             parameter.normal_().mul_(sharpen / parameter.shape[-1] ** 0.5)
-    torch.save({"model": model.state_dict(), "model_name": name, "class_names": ["a.b", "c"]}, path)
+    checkpoint = {"model": model.state_dict(), "model_name": name, "class_names": ["a.b", "c"]}
+    torch.save(checkpoint | ({"data_config": OTHER} if name == "deit_nano" else {}), path)
     return model
 
 
@@ -489,7 +493,9 @@ def test_labels_are_the_classifiers_best(
     assert [str(file.relative_to(output)) for file in files] == [
         *("a.b/0.pt", "a.b/2.pt", "a.b/4.pt", "c/1.pt", "c/3.pt", "c/5.pt")
     ]
-    config = datasets.DATA_CONFIG if name == "deit_nano" else model.pretrained_cfg
+    config = (
+        OTHER if name == "deit_nano" else model.pretrained_cfg
+    )  # the checkpoint's own, but all of the image
     for file in files:
         image = squashed(pictures / "train" / file.parent.name / f"{file.stem}.x.png", side, config)
         logits = F.interpolate(patch_logits(model, image), (9, 9), mode="bilinear", align_corners=False)
