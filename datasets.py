@@ -98,9 +98,14 @@ class INaturalist(Dataset):
         seen = dict.fromkeys(of_category[entry["category_id"]] for entry in train["annotations"])
         self.classes = list(seen)
         numbers = {name: i for i, name in enumerate(self.classes)}
+        known = {number for number, name in of_category.items() if name in numbers}
         self.samples = []
         for image in own["images"]:
             parts = image["file_name"].split("/")  # split, kingdom, category id, file
+            if int(parts[2]) not in known:
+                raise ValueError(
+                    f"{files[1]}: {image['file_name']} is of a class without a training annotation"
+                )
             self.samples.append((root / parts[0] / parts[2] / parts[3], numbers[of_category[int(parts[2])]]))
         if self.samples and not self.samples[0][0].exists():  # the archives keep the kingdom in the path
             self.samples = [
@@ -205,13 +210,22 @@ def check_classes(dataset: Dataset, num_classes: int) -> None:
 
 def eval_transform(img_size: int, config: dict[str, Any]) -> Callable:
     """Resize of the shorter side to img_size / crop_pct, centre crop, normalisation."""
-    return create_transform(img_size, is_training=False, **config)
+    return make_transform(img_size, is_training=False, **config)
 
 
 def train_transform(img_size: int, config: dict[str, Any], **augmentation: Any) -> Callable:
     """timm's training transform; `augmentation` are arguments of timm.data.create_transform."""
     config = {key: config[key] for key in ("mean", "std")}
-    return create_transform(img_size, is_training=True, **config, **augmentation)
+    return make_transform(img_size, is_training=True, **config, **augmentation)
+
+
+def make_transform(img_size: int, **options: Any) -> Callable:
+    """timm's transform; ValueError for options that timm meets with exceptions of other kinds."""
+    try:
+        return create_transform(img_size, **options)
+    except (AssertionError, AttributeError, KeyError, NotImplementedError, TypeError) as error:
+        told = ", ".join(f"{name} {value}" for name, value in options.items() if isinstance(value, str))
+        raise ValueError(f"timm makes no transform of {told} ({type(error).__name__} {error})") from error
 
 
 class Shard(Subset):

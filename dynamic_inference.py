@@ -37,7 +37,7 @@ MODES = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = utils.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     utils.add_model_arguments(parser)
     add("--checkpoint_path", "--resume", metavar="FILE", required=True)
@@ -346,6 +346,8 @@ def mode_budget(session: Session) -> None:
         calibration = session.dataset(args.calibration)
     else:
         calibration, tested = (Subset(tested, range(first, len(tested), 2)) for first in (0, 1))
+    if min(len(calibration), len(tested)) == 0:
+        raise ValueError("--budget needs images to calibrate on and others to test on: there is only one")
     known = session.predict(calibration)
     threshold = budget_threshold(known, session.gflops, args.budget)
     new = session.predict(tested)
@@ -423,6 +425,18 @@ def main() -> None:
     utils.check_range("--threshold", args.threshold, 0, 1)
     for name in ("batch_size", "repeats"):
         utils.check_range(f"--{name}", getattr(args, name), 1)
+    if args.budget is not None:
+        utils.check_range("--budget", args.budget, 0)
+    for name in ("output", "results"):
+        path = getattr(args, name)
+        if (
+            path
+            and Path(path).is_dir()
+            or name == "output"
+            and path
+            and not Path(path).absolute().parent.is_dir()
+        ):
+            raise FileNotFoundError(f"--{name} {path}: name a file in a folder that exists")
     context = utils.start(args.device)
     utils.start_logging(context)
     if args.eval_mode == 3 and not args.images and args.budget is None:

@@ -155,7 +155,7 @@ def train_one_epoch(
         on_step: called with the step, the number of images and the losses of every batch.
 
     Returns:
-        Mean over the epoch and all processes of `loss` and of each of its terms.
+        Means over the epoch and all processes: `lr`, `loss` and each of its terms.
 
     Raises:
         MainError: the loss is not finite; the weights are those before the bad batch.
@@ -187,10 +187,11 @@ def train_one_epoch(
                     f"the loss is {losses['loss']} at epoch {epoch}, step {step}; weights were not updated"
                 )
             update.scaler.scale(loss / group).backward()
+        lr = update.optimizer.param_groups[0]["lr"]
         if last:
             step_optimizer(own, update)
             update.scheduler.step_update(epoch * updates + step // update.accumulate + 1)
-        for name, value in losses.items():
+        for name, value in {"lr": lr, **losses}.items():
             totals[name] = totals.get(name, 0.0) + value
         on_step(step, len(images), losses)
     return {name: total / len(loader) for name, total in totals.items()}

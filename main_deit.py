@@ -36,12 +36,15 @@ from utils import log
 from visualize import contact_sheet, explain
 
 OnOff = argparse.BooleanOptionalAction
+SHARES = ("drop_path", "hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "smoothing")
+SHARES += ("select_from", "coarse_only", "crop_pct", "model_ema_decay")
 AMP = ("auto", "none", "fp16", "bf16")
+RESIZE = ("bilinear", "bicubic", "lanczos", "nearest")
 METRICS = ("top1_f", "top5_f", "top1_c", "top5_c")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = utils.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
 
     group = parser.add_argument_group("model")
@@ -63,10 +66,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--download", action="store_true", help="fetch CIFAR if it is not there")
     add("--num_workers", "--workers", type=int, default=10, help="loading processes")
     add("--pin-mem", action=OnOff, default=True, help="page-locked memory for faster transfer to a GPU")
-    add("--crop-pct", type=float, default=datasets.DATA_CONFIG["crop_pct"], help="of the evaluation images")
-    add("--interpolation", default=datasets.DATA_CONFIG["interpolation"], help="of the evaluation images")
-    add("--mean", type=float, nargs=3, default=datasets.DATA_CONFIG["mean"], help="of the channels")
-    add("--std", type=float, nargs=3, default=datasets.DATA_CONFIG["std"], help="of the channels")
+    add("--crop-pct", type=float, help="share of the evaluation images that the crop keeps; default: 0.875")
+    add("--interpolation", choices=RESIZE, help="of the evaluation images; default: bicubic")
+    add("--mean", type=float, nargs=3, help="of the channels; default: ImageNet's")
+    add("--std", type=float, nargs=3, help="of the channels; default: ImageNet's")
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--no-aug", action="store_true", help="images as in evaluation; mixing and repeating stay as set")
@@ -76,9 +79,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--vflip", type=float, default=0.0, help="probability of a vertical flip")
     add("--color-jitter", type=float, default=0.4, help="only without --aa")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="auto-augment policy, or none")
-    add("--train-interpolation", default="bicubic", help="random, bilinear or bicubic")
+    add("--train-interpolation", default="bicubic", choices=("random", *RESIZE))
     add("--reprob", type=float, default=0.25, help="probability of random erasing")
-    add("--remode", default="pixel", help="const, rand or pixel")
+    add("--remode", default="pixel", choices=("const", "rand", "pixel"))
     add("--recount", type=int, default=1, help="erased boxes")
     add("--repeated-aug", action=OnOff, default=True, help="three views of an image per epoch")
     add("--mixup", type=float, default=0.8, help="alpha, 0 for none")
@@ -96,12 +99,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--clip-grad", type=float, help="largest gradient norm")
     add("--opt", default="adamw", help="any optimizer of timm")
     add("--opt-eps", type=float, help="epsilon of the optimizer")
-    add("--opt-betas", type=float, nargs="+", help="betas of the optimizer")
+    add("--opt-betas", type=float, nargs=2, help="betas of the optimizer")
     add("--momentum", type=float, default=0.9, help="for optimizers that have one")
     add("--weight-decay", type=float, default=0.05)
     add("--lr", type=float, default=5e-4, help="at 512 images per update, see --unscale-lr")
     add("--unscale-lr", action=OnOff, default=False, help="use --lr as it is, whatever the batch")
-    add("--sched", default="cosine", help="any schedule of timm")
+    add("--sched", default="cosine", choices=("cosine", "tanh", "step", "multistep", "poly"))
     add("--sched-on-updates", action=OnOff, default=True, help="move the learning rate every update")
     add("--min-lr", type=float, default=1e-5)
     add("--warmup-lr", type=float, default=1e-6)
@@ -143,17 +146,25 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Command line over the model's recipe over DeiT's."""
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
+    """Command line over the checkpoint to resume, if any, over the model's recipe over DeiT's.
+
+    Returns:
+        The arguments and the checkpoint, {} without --resume.
+    """
     parser = make_parser()
     args = parser.parse_args(argv)
-    recipe = recipe_of(args.model) if args.model else {}
-    parser.set_defaults(**recipe)
+    checkpoint = utils.load_checkpoint(args.resume) if args.resume else {}
+    recipe = recipe_of(args.model or checkpoint.get("model_name", ""))
+    parser.set_defaults(**(datasets.DATA_CONFIG | recipe | checkpoint.get("data_config", {})))
     args = parser.parse_args(argv)
     if args.warmup_epochs is None:
         args.warmup_epochs = min(5, args.epochs / 10)
     for name in ("batch_size", "epochs", "accumulate", "print_freq", "save_freq"):
         utils.check_range(f"--{name.replace('_', '-')}", getattr(args, name), 1)
+    for name in SHARES:
+        if getattr(args, name) is not None:
+            utils.check_range(f"--{name.replace('_', '-')}", getattr(args, name), 0, 1)
     if (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax) and args.batch_size % 2:
         raise ValueError(
             f"--batch-size {args.batch_size} is odd and mixup pairs images:"
@@ -170,7 +181,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.eval and not args.resume:
         raise ValueError("--eval needs the checkpoint to evaluate: --resume FILE")
-    return args
+    return args, checkpoint
 
 
 def model_kwargs(args: argparse.Namespace, num_classes: int | None) -> dict:
@@ -275,11 +286,13 @@ class Run:
             utils.save_checkpoint(checkpoint, self.folder / "model_best.pth")
 
     def restore(self, checkpoint: dict, update: Update) -> int:
-        """Puts optimizer, schedule, scaler, average, generators and score back; returns the next epoch."""
+        """Puts optimizer, scaler, average, generators and score back; returns the next epoch.
+
+        The schedule follows from the epoch, so that a run may be continued with more --epochs.
+        """
         if "optimizer" not in checkpoint:
             raise ValueError(f"{self.args.resume} holds weights only; start from it with --finetune")
         update.optimizer.load_state_dict(checkpoint["optimizer"])
-        update.scheduler.load_state_dict(checkpoint["lr_scheduler"])
         if checkpoint.get("scaler"):
             update.scaler.load_state_dict(checkpoint["scaler"])
         if update.ema is not None and checkpoint.get("model_ema"):
@@ -356,7 +369,7 @@ def step_logger(args, board, context, steps: int, epochs: range, optimizer) -> C
 
 
 def main() -> None:
-    args = parse()
+    args, checkpoint = parse()
     context = utils.start(args.device, args.seed)
     folder = Path(args.output_dir) if args.output_dir else None
     if folder and context.is_main:
@@ -368,7 +381,6 @@ def main() -> None:
     config = {name: getattr(args, name) for name in datasets.DATA_CONFIG}
 
     # Data and model; the number of classes comes from the training folders, or from the checkpoint.
-    checkpoint = utils.load_checkpoint(args.resume) if args.resume else {}
     source = dict(
         root=args.data_path, category=args.inat_category, download=args.download and context.is_main
     )
@@ -451,7 +463,6 @@ def main() -> None:
     on_step = step_logger(args, run.board, context, len(train_loader), epochs, update.optimizer)
     for epoch in epochs:
         train_loader.sampler.set_epoch(epoch)
-        lr = update.optimizer.param_groups[0]["lr"]
         losses = train_one_epoch(
             wrapped, train_loader, criterion, update, epoch, precision, mixup, on_step(epoch)
         )
@@ -462,7 +473,7 @@ def main() -> None:
         exit_, top = 0 if args.eval_metric.endswith("_c") else model.num_exits - 1, args.eval_metric[3]
         score = tested[f"{decides}_exit{exit_}_acc{top}"]
         run.save(model, update, epoch, score)
-        entry = {"train_lr": lr, **{f"train_{key}": value for key, value in losses.items()}, **tested}
+        entry = {f"train_{key}": value for key, value in losses.items()} | tested
         run.write(entry, epoch, parameters)
         accuracy = ", ".join(
             f"{stage} {tested[f'test_exit{k}_acc1']:.2f}" for k, stage in enumerate(model.stage_names)

@@ -6,11 +6,12 @@ import json
 import logging
 import os
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -54,6 +55,13 @@ def run_command(main: Callable[[], None]) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; --help lists what there is\n")
 
 
 MODEL_FLAGS = {
@@ -127,9 +135,11 @@ def start(device: str | None, seed: int = 0) -> Context:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: no CUDA device is visible; use --device cpu")
     try:
+        if torch.device(device).type not in ("cpu", "cuda", "mps", "xpu"):
+            raise RuntimeError("take cpu or cuda")
         found = init_distributed_device_so(device=device)
     except RuntimeError as error:
-        raise ValueError(f"--device {device}: {error}") from error
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
     context = Context(torch.device(found["device"]), found["global_rank"], found["world_size"])
     seed += context.rank
     torch.manual_seed(seed)
@@ -323,7 +333,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def clean_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names without the prefixes of DistributedDataParallel and torch.compile."""
-    return {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in state.items()}
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}
 
 
 def rng_state() -> dict[str, Any]:

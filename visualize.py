@@ -232,7 +232,7 @@ def parse_baseline(text: str) -> tuple[str, float, float]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = utils.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     utils.add_model_arguments(parser)
     add("--resume", "--checkpoint_path", metavar="FILE", required=True, help="checkpoint")

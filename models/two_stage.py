@@ -45,7 +45,7 @@ class TwoStageViT(AdaptiveViT):
         patch_size: int = 16,
         **vit,
     ):
-        if stage_size < 1:
+        if not (isinstance(stage_size, int) and stage_size >= 1):
             raise ValueError(f"stage size is {stage_size}: take a grid of at least one patch a side")
         self.stage_size = stage_size  # read by make_pos_embed, which the base constructor calls
         super().__init__(img_size=2 * patch_size * stage_size, patch_size=patch_size, **vit)

@@ -186,6 +186,12 @@ class AdaptiveViT(Adaptive):
         init: str = "deit",
     ):
         super().__init__()
+        sizes = dict(patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+        for name, size in (sizes | dict(num_classes=num_classes, img_size=img_size)).items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} is {size!r}: take a whole number from 1 up")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate is {drop_path_rate}: take 0 to below 1")
         if img_size % patch_size:
             raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
         self.img_size, self.patch_size, self.num_classes, self.embed_dim = (

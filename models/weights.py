@@ -18,7 +18,10 @@ def create_model(name: str | None, kwargs: dict[str, Any]) -> Adaptive:
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
         raise ValueError(f"unknown model {name!r}" + (f"; there are {close}" if close else ""))
-    model = timm.create_model(name, **kwargs)
+    try:
+        model = timm.create_model(name, **kwargs)
+    except TypeError as error:  # a model of timm does not take the argument
+        raise ValueError(f"{name}: {str(error).split('__init__() ')[-1]}") from error
     if not isinstance(model, Adaptive):
         raise ValueError(
             f"{name} is a plain timm model, which cannot be used here; deit_nano shows how to wrap one"

@@ -6,7 +6,6 @@ Every model sees the same images the same number of times (scripts/nano.sh). Wha
 made again, so an interrupted comparison goes on, and a new system only adds its own run.
 """
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +85,7 @@ def at_least(results: utils.Results, share: float) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = utils.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("data/digits"), help="from scripts/make_digits.py")
     parser.add_argument("--output", type=Path, default=Path("output/compare"))
     args = parser.parse_args()

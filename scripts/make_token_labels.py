@@ -169,9 +169,7 @@ def plan(data: datasets.Folder, output: Path, record: dict) -> list[tuple[int, P
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", metavar="NAME", help="model of timm or of this project; default: the checkpoint's")
     add("--checkpoint", metavar="FILE", help="its weights; default: those that timm publishes")

@@ -147,7 +147,7 @@ def test_first_and_last_learning_rate(trained: Path) -> None:
 
 def test_learning_rate_and_decay_of_the_weights() -> None:
     """The rate grows with the images of an update; biases, norms, class token and positions do not decay."""
-    args = main_deit.parse([*TRAIN, "--data-path", "unused", "--accumulate", "2"])
+    args = main_deit.parse([*TRAIN, "--data-path", "unused", "--accumulate", "2"])[0]
     model = create_model("lf_deit_nano", {})
     update = main_deit.make_update(args, model, 10, 4, torch.amp.GradScaler("cpu", enabled=False))
     groups = update.optimizer.param_groups
@@ -161,7 +161,7 @@ def test_learning_rate_and_decay_of_the_weights() -> None:
 def test_flags_win_over_the_recipe_of_the_model() -> None:
     arguments = "--data-path unused --epochs 200".split()
     recipe, chosen, plain = (
-        main_deit.model_kwargs(main_deit.parse([*arguments, *more.split()]), 4)
+        main_deit.model_kwargs(main_deit.parse([*arguments, *more.split()])[0], 4)
         for more in ("--model lf_deit_nano", "--model lf_deit_nano --select-from 0.5", "--model deit_nano")
     )
     assert recipe["select_from_epoch"] == pytest.approx(200 * 231 / 300)
@@ -177,6 +177,23 @@ def test_evaluation_repeats_the_log(command: Command, folder: Path, trained: Pat
     entry = log_of(trained)[-1]
     printed = dict(re.findall(r"(test_\w+) ([\d.]+)$", ended.err, re.MULTILINE))
     assert printed == {key: f"{value:.3f}" for key, value in entry.items() if key.startswith("test_")}
+
+
+def test_evaluation_prepares_images_as_training_did(command: Command, folder: Path, tmp_path: Path) -> None:
+    shared = [*TRAIN, "--data-path", folder, "--epochs", 1]
+    assert command("main_deit", *shared, "--crop-pct", 0.5, "--output_dir", tmp_path).code == 0
+    printed = command("main_deit", *shared, "--eval", "--resume", tmp_path / "checkpoint.pth").err
+    assert f"test_exit0_loss {log_of(tmp_path)[0]['test_exit0_loss']:.3f}" in printed
+
+
+def test_a_longer_run_takes_the_longer_schedule(
+    command: Command, folder: Path, trained: Path, tmp_path: Path
+) -> None:
+    arguments = ["--data-path", folder, "--output_dir", tmp_path, "--resume", trained / "checkpoint.pth"]
+    assert command("main_deit", *TRAIN, *arguments, "--epochs", 3).code == 0
+    whole = tmp_path / "whole"
+    assert command("main_deit", *TRAIN, "--data-path", folder, "--output_dir", whole, "--epochs", 3).code == 0
+    assert log_of(tmp_path)[0]["train_lr"] == log_of(whole)[2]["train_lr"] > 1e-5
 
 
 def test_training_goes_on_for_another_epoch(
@@ -567,6 +584,19 @@ ERRORS = {
         (f"{NANO} --data-path {{folder}} --batch-size 0", "--batch-size"),
         (f"{NANO} --data-path {{folder}} --region-size 9", "region_size is 9"),
         (f"{NANO} --data-path {{folder}} --model-kwargs colour=3", "colour"),
+        (f"{NANO} --data-path {{folder}} --model-kwargs depth=0", "depth is 0"),
+        (f"{NANO} --data-path {{folder}} --model-kwargs num_heads=0", "num_heads is 0"),
+        (f"{NANO} --data-path {{folder}} --sched none", "--sched"),
+        (f"{NANO} --data-path {{folder}} --aa foo", "foo"),
+        (f"{NANO} --data-path {{folder}} --hflip 3", "--hflip is 3"),
+        (f"{NANO} --data-path {{folder}} --opt-betas 0.9", "--opt-betas"),
+        (f"{NANO} --data-path {{folder}} --drop-path 1", "drop_path_rate is 1"),
+        (f"{NANO} --data-path {{folder}} --device foo", "--device foo"),
+        (f"{NANO} --data-path {{folder}} --device meta", "--device meta"),
+        (f"{NANO} --data-path {{folder}} --colour red", "--colour"),
+        (f"{NANO}", "--data-path"),
+        ("--model resnet10t --alpha 0.5 --data-path {folder}", "resnet10t"),
+        ("--model resnet10t --data-path {folder}", "resnet10t is a plain timm model"),
         (f"{NANO} --data-path {{folder}} --eval", "--resume"),
         (f"{NANO} --data-path {{folder}} --resume nowhere.pth", "nowhere.pth"),
         (f"{NANO} --data-path {{folder}} --resume {{bad}}/weights.pth", "--finetune"),
@@ -583,6 +613,9 @@ ERRORS = {
         ("--data_url {bad}/broken_val --checkpoint_path {sharp} --num_workers 2", "coral/05.png"),
         ("--data_url {bad}/other_classes --checkpoint_path {sharp}", "apricot"),
         (f"{INFER} --location-stage-size 9", "pos_embed_list"),
+        (f"{INFER} --budget nan", "--budget is nan"),
+        (f"{INFER} --eval-mode 9", "--eval-mode"),
+        (f"{INFER} --images {{folder}} --output nowhere/table.csv", "nowhere/table.csv"),
         (f"{INFER} --region-size 9", "region_size is 9"),
         (f"{INFER} --model-kwargs colour=3", "colour"),
         (f"{INFER} --threshold 7", "--threshold is 7"),

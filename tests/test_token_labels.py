@@ -493,9 +493,8 @@ def test_labels_are_the_classifiers_best(
     assert [str(file.relative_to(output)) for file in files] == [
         *("a.b/0.pt", "a.b/2.pt", "a.b/4.pt", "c/1.pt", "c/3.pt", "c/5.pt")
     ]
-    config = (
-        OTHER if name == "deit_nano" else model.pretrained_cfg
-    )  # the checkpoint's own, but all of the image
+    # The checkpoint's own mean and so on, but for its centre crop.
+    config = OTHER if name == "deit_nano" else model.pretrained_cfg
     for file in files:
         image = squashed(pictures / "train" / file.parent.name / f"{file.stem}.x.png", side, config)
         logits = F.interpolate(patch_logits(model, image), (9, 9), mode="bilinear", align_corners=False)
