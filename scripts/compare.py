@@ -6,6 +6,7 @@ Every model sees the same images the same number of times (scripts/nano.sh). Wha
 made again, so an interrupted comparison goes on, and a new system only adds its own run.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,8 @@ def folder_of(name: str) -> str:
 
 def call(*command: str | Path) -> None:
     """Runs a command of the repository; its failure is this one's."""
-    if code := subprocess.run([str(part) for part in command], cwd=ROOT).returncode:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # this Python
+    if code := subprocess.run(list(map(str, command)), cwd=ROOT, env=os.environ | {"PATH": path}).returncode:
         raise utils.MainError(f"{' '.join(map(str, command[:3]))} ended with exit code {code}")
 
 
