@@ -10,8 +10,8 @@ The defaults are DeiT's recipe, with what the model's own recipe changes.
 import argparse
 import json
 import math
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
@@ -262,6 +262,26 @@ class Run:
         self.board = SummaryWriter(self.folder / "tensorboard") if self.folder and context.is_main else None
         self.best = -1.0
 
+    def begin(self, steps: int, epochs: range, optimizer: torch.optim.Optimizer) -> None:
+        """Sets up the progress display, over all epochs of `steps` batches."""
+        self.steps, self.optimizer = steps, optimizer
+        per_epoch = steps * self.args.batch_size * self.context.world
+        self.bar = utils.progress(per_epoch * len(epochs), shown=self.context.is_main)
+
+    def step(self, epoch: int, step: int, images: int, losses: dict[str, float]) -> None:
+        """Moves the bar by a batch; every --print-freq batches writes a line and to TensorBoard."""
+        self.bar.update(images * self.context.world)
+        self.bar.set_description(f"epoch {epoch} loss {losses['loss']:.3f}", refresh=False)
+        if not self.context.is_main or (step % self.args.print_freq and step + 1 < self.steps):
+            return
+        rate, left = utils.rate_and_left(self.bar)
+        numbers = losses | {"lr": self.optimizer.param_groups[0]["lr"]}
+        text = " ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        log.info("epoch %d [%d/%d] %s %.0f img/s %s left", epoch, step + 1, self.steps, text, rate, left)
+        if self.board is not None:
+            for name, value in (numbers | {"images_per_second": rate}).items():
+                self.board.add_scalar(f"step/{name}", value, epoch * self.steps + step)
+
     def save(self, model: nn.Module, update: Update, epoch: int, score: float) -> None:
         """Writes checkpoint.pth, and model_best.pth if the score is the best so far."""
         rng = utils.gather(utils.rng_state())
@@ -324,48 +344,6 @@ def evaluate(model: nn.Module, loader, precision: Precision, prefix: str = "test
         for k in range(model.num_exits - 1):
             entry[f"{prefix}exit{k}_share_at_{percent}"] = (exits == k).double().mean().item()
     return entry
-
-
-def step_logger(args, board, context, steps: int, epochs: range, optimizer) -> Callable[[int], Callable]:
-    """Progress over the whole run: a bar on a terminal, a line every --print-freq batches anywhere."""
-    per_epoch = steps * args.batch_size * context.world
-    bar = utils.progress(per_epoch * len(epochs)) if context.is_main else None
-    begun, seen = time.perf_counter(), 0
-
-    def of_epoch(epoch: int) -> Callable[[int, int, dict[str, float]], None]:
-        def on_step(step: int, images: int, losses: dict[str, float]) -> None:
-            nonlocal seen
-            if bar is None:
-                return
-            seen += images * context.world
-            bar.update(images * context.world)
-            bar.set_description(f"epoch {epoch} loss {losses['loss']:.3f}")
-            if step % args.print_freq and step + 1 < steps:
-                return
-            rate = seen / (time.perf_counter() - begun)
-            left = time.strftime("%H:%M:%S", time.gmtime((per_epoch * len(epochs) - seen) / rate))
-            terms = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
-            lr = optimizer.param_groups[0]["lr"]
-            log.info(
-                "epoch %d [%d/%d] %s lr %.2e %.0f img/s %s left",
-                epoch,
-                step + 1,
-                steps,
-                terms,
-                lr,
-                rate,
-                left,
-            )
-            if board is not None:
-                at = epoch * steps + step
-                for name, value in losses.items():
-                    board.add_scalar(f"step/{name}", value, at)
-                board.add_scalar("step/lr", lr, at)
-                board.add_scalar("step/images_per_second", rate, at)
-
-        return on_step
-
-    return of_epoch
 
 
 def main() -> None:
@@ -460,12 +438,16 @@ def main() -> None:
     )
 
     epochs = range(first, args.epochs + args.cooldown_epochs)
-    on_step = step_logger(args, run.board, context, len(train_loader), epochs, update.optimizer)
+    run.begin(len(train_loader), epochs, update.optimizer)
     for epoch in epochs:
         train_loader.sampler.set_epoch(epoch)
-        losses = train_one_epoch(
-            wrapped, train_loader, criterion, update, epoch, precision, mixup, on_step(epoch)
-        )
+        on_step = partial(run.step, epoch)
+        losses = train_one_epoch(wrapped, train_loader, criterion, update, epoch, precision, mixup, on_step)
+        if (
+            context.world > 1
+        ):  # every process has its own running statistics: one average is evaluated and saved
+            for part in [model] + ([update.ema.module] if update.ema else []):
+                distribute_bn(part, context.world, reduce=True)
         tested = evaluate(model, val_loader, precision)
         if update.ema is not None:
             tested |= evaluate(update.ema.module, val_loader, precision, "ema_")

@@ -197,9 +197,18 @@ def start_logging(context: Context, file: Path | None = None) -> None:
         log.addHandler(handler)
 
 
-def progress(total: int, unit: str = "img", initial: int = 0) -> tqdm:
-    """A bar with rate and time left on a terminal; invisible elsewhere, where log lines tell the same."""
-    return tqdm(total=total, initial=initial, unit=unit, disable=None, dynamic_ncols=True, smoothing=0.05)
+def progress(total: int, unit: str = "img", shown: bool = True) -> tqdm:
+    """A bar with rate and time left on a terminal; elsewhere it only counts, and log lines tell the same."""
+    visible = shown and sys.stderr.isatty()
+    file = sys.stderr if visible else open(os.devnull, "w")  # noqa: SIM115  (open as long as the bar)
+    return tqdm(total=total, unit=unit, file=file, dynamic_ncols=visible, smoothing=0.05)
+
+
+def rate_and_left(bar: tqdm) -> tuple[float, str]:
+    """Units per second of a bar, and the time it still needs as H:MM:SS."""
+    state = bar.format_dict
+    rate = state["rate"] or state["n"] / max(state["elapsed"], 1e-9)
+    return rate, tqdm.format_interval((state["total"] - state["n"]) / max(rate, 1e-9))
 
 
 # Checkpoints
