@@ -1,6 +1,7 @@
 """Image folders, CIFAR and iNaturalist as training and evaluation loaders. Nothing here knows a method."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +18,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from models.token_labels import label_path, load_label
 
 DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "CIFAR100", "INAT", "INAT19")
+log = logging.getLogger("adaptive-vit")
 INAT_CATEGORIES = ("name", "kingdom", "phylum", "class", "order", "supercategory", "family", "genus")
 
 # How an image becomes model input, unless a checkpoint or the command line says otherwise.
@@ -246,14 +248,13 @@ def eval_loader(
 def train_loader(
     dataset: Dataset, batch_size: int, workers: int, repeats: int = 1, rank: int = 0, world: int = 1, **kwargs
 ) -> DataLoader:
-    """Shuffled loader of full batches; call `loader.sampler.set_epoch` every epoch.
+    """Shuffled loader of full batches, smaller ones where the data set does not fill a single one.
+
+    Call `loader.sampler.set_epoch` every epoch.
 
     Args:
         repeats: repeated augmentation (Hoffer et al. 2020): copies of an image per epoch, on different
             processes; the number of samples per epoch stays that of the data set.
-
-    Raises:
-        ValueError: the data set has not one full batch per process.
     """
     if repeats > 1:
         small = len(dataset) < 256  # the published rounding to 256 samples would leave none
@@ -263,10 +264,9 @@ def train_loader(
     else:
         sampler = DistributedSampler(dataset, world, rank)
     if len(sampler) < batch_size:
-        raise ValueError(
-            f"{len(sampler)} training images per process do not fill one batch of {batch_size}:"
-            " lower --batch-size"
-        )
+        smaller = max(len(sampler) // 2 * 2, 1)  # even, for mixup's pairs
+        log.warning("only %d training images per process: batches of %d", len(sampler), smaller)
+        batch_size = smaller
     return DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, drop_last=True, **kwargs)
 
 

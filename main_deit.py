@@ -408,6 +408,8 @@ def main() -> None:
         world=context.world,
         **loading,
     )
+    if (args.mixup > 0 or args.cutmix > 0) and train_loader.batch_size % 2:
+        raise ValueError("mixup pairs images and there is only one per process: --mixup 0 --cutmix 0")
     wrapped = model
     if args.compile:
         model.compile()
