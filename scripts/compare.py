@@ -35,6 +35,7 @@ class System(NamedTuple):
 SYSTEMS = [
     System("plain 14x14", "deit_nano"),
     System("plain 7x7", "deit_nano", ["--model-kwargs", "patch_size=8"]),
+    System("plain 7x7, half size", "deit_nano", ["--model-kwargs", "img_size=28"]),
     System("LF-ViT", "lf_deit_nano", TWO_STAGE),
     System("CF-ViT, DeiT", "cf_deit_nano", TWO_STAGE),
     System("CF-ViT, LV-ViT", "cf_lvvit_nano", TWO_STAGE, teacher="plain 14x14"),
