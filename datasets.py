@@ -205,9 +205,22 @@ def build_dataset(
 
 
 def check_classes(dataset: Dataset, num_classes: int) -> None:
-    """Raises ValueError where a data set has classes that a model does not know."""
-    if len(dataset.classes) > num_classes:
-        raise ValueError(f"the data has {len(dataset.classes)} classes, the model only {num_classes}")
+    """Raises ValueError where the classes of a data set cannot be those of a model.
+
+    Where a checkpoint names its classes, `build_dataset` has given them to the data set, however few of them
+    the folders hold.
+    """
+    if len(dataset.classes) != num_classes:
+        raise ValueError(
+            f"the data has {len(dataset.classes)} classes and the model {num_classes}, and the checkpoint"
+            " does not name its classes: the folders must be all of them"
+        )
+
+
+def data_config(recipe: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """How a model wants its images: as its checkpoint says, else its recipe, else ImageNet's way."""
+    own = {key: value for key, value in recipe.items() if key in DATA_CONFIG}
+    return DATA_CONFIG | own | (checkpoint.get("data_config") or {})
 
 
 def eval_transform(img_size: int, config: dict[str, Any]) -> Callable:
@@ -246,7 +259,14 @@ def eval_loader(
 
 
 def train_loader(
-    dataset: Dataset, batch_size: int, workers: int, repeats: int = 1, rank: int = 0, world: int = 1, **kwargs
+    dataset: Dataset,
+    batch_size: int,
+    workers: int,
+    repeats: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    seed: int = 0,
+    **kwargs,
 ) -> DataLoader:
     """Shuffled loader of full batches, smaller ones where the data set does not fill a single one.
 
@@ -255,17 +275,15 @@ def train_loader(
     Args:
         repeats: repeated augmentation (Hoffer et al. 2020): copies of an image per epoch, on different
             processes; the number of samples per epoch stays that of the data set.
+        seed: of the order, which repeated augmentation takes from the epoch alone.
     """
     if repeats > 1:
-        small = len(dataset) < 256  # the published rounding to 256 samples would leave none
-        sampler = RepeatAugSampler(
-            dataset, world, rank, num_repeats=repeats, selected_round=0 if small else 256
-        )
+        sampler = RepeatAugSampler(dataset, world, rank, num_repeats=repeats)
     else:
-        sampler = DistributedSampler(dataset, world, rank)
+        sampler = DistributedSampler(dataset, world, rank, seed=seed)
     if len(sampler) < batch_size:
         smaller = max(len(sampler) // 2 * 2, 1)  # even, for mixup's pairs
-        log.warning("only %d training images per process: batches of %d", len(sampler), smaller)
+        log.info("only %d training images per process: batches of %d", len(sampler), smaller)
         batch_size = smaller
     return DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, drop_last=True, **kwargs)
 

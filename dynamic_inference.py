@@ -25,7 +25,7 @@ from models import Adaptive
 from models.cost import exit_gflops
 from models.exits import Predictions, budget_threshold, confidence, operating_points, uniform_thresholds
 from models.selection import bounding_box
-from models.weights import create_model, model_from_checkpoint
+from models.weights import baseline_model, model_from_checkpoint
 from utils import log
 
 MODES = {
@@ -109,7 +109,7 @@ class Session(NamedTuple):
     ) -> Predictions:
         """All exits on a labelled data set, with a progress bar."""
         loader = self.loader(dataset)
-        with utils.progress(len(loader.dataset)) as bar:
+        with utils.progress(len(loader.dataset), shown=self.context.is_main) as bar:
 
             def seen(images: Tensor, outputs: list) -> None:
                 bar.update(len(images))
@@ -124,17 +124,17 @@ class Session(NamedTuple):
 
 def open_session(args: argparse.Namespace, context: utils.Context) -> Session:
     checkpoint = utils.load_checkpoint(args.checkpoint_path)
+    stores = not (args.results or args.images or args.budget is not None)
+    if stores and not isinstance(utils.read_file(Path(args.checkpoint_path)).get("model"), dict):
+        raise ValueError(f"{args.checkpoint_path} takes no results: name a JSON file for them with --results")
     model, name, _ = model_from_checkpoint(
         checkpoint, args.checkpoint_path, args.model, utils.model_arguments(args), args.use_ema
     )
     gflops = exit_gflops(model)
     check_flops(utils.Results.of(checkpoint).flops, gflops)
     model.to(context.device).eval()
-    half = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-    config = checkpoint.get("data_config") or datasets.DATA_CONFIG
-    return Session(
-        args, context, checkpoint, model, config, Precision(context.device, half[args.amp]), gflops
-    )
+    config = datasets.data_config(model.recipe, checkpoint)
+    return Session(args, context, checkpoint, model, config, Precision.of(context.device, args.amp), gflops)
 
 
 def check_flops(stored: list[float] | None, counted: list[float]) -> None:
@@ -192,6 +192,8 @@ class Coverage:
             raise ValueError(
                 "--boxes are in the pixels of the images: they need a checkpoint with --crop-pct 1"
             )
+        if not hasattr(dataset, "samples"):
+            raise ValueError("--boxes goes with image files: --data-set IMNET")
         root, found = Path(session.args.data_url), {}
         if not Path(file).is_file():
             raise FileNotFoundError(f"no file {file}")
@@ -267,7 +269,7 @@ def mode_timed(session: Session) -> None:
             logits, exits = early_exit(model, images, session.thresholds())
         return torch.stack([exits, logits.argmax(dim=-1) == target])
 
-    plain = create_model(args.baseline, {"num_classes": model.num_classes}) if args.baseline else None
+    plain = baseline_model(args.baseline, model.num_classes, model.img_size) if args.baseline else None
     baseline_gflops = exit_gflops(plain)[-1] if plain else None
     if plain:
         if plain.img_size != model.img_size:
@@ -372,7 +374,9 @@ def mode_images(session: Session) -> None:
     for images, numbers in loader:
         images = images.to(session.context.device)
         found: list[list] = [[] for _ in images]
-        for step in cascade(model, images, session.thresholds()):
+        with session.precision.autocast():
+            steps = list(cascade(model, images, session.thresholds()))
+        for step in steps:
             sure, best = confidence(step.output.logits).tolist(), step.output.logits.argmax(dim=-1).tolist()
             info, regions = step.output.info, None
             if "kept" in info:  # without a region of its own: the box around the refined patches

@@ -36,6 +36,18 @@ from utils import log
 from visualize import contact_sheet, explain
 
 OnOff = argparse.BooleanOptionalAction
+# What a resumed run does not take over from its checkpoint.
+OF_ONE_RUN = (
+    "data",
+    "data_path",
+    "output_dir",
+    "resume",
+    "eval",
+    "device",
+    "finetune",
+    "download",
+    "num_workers",
+)
 SHARES = ("drop_path", "hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "smoothing")
 SHARES += ("select_from", "coarse_only", "crop_pct", "model_ema_decay")
 AMP = ("auto", "none", "fp16", "bf16")
@@ -146,6 +158,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def mixes(args: argparse.Namespace) -> bool:
+    """Whether mixup or cutmix is on."""
+    return bool(args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax)
+
+
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
     """Command line over the checkpoint to resume, if any, over the model's recipe over DeiT's.
 
@@ -156,7 +173,9 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
     args = parser.parse_args(argv)
     checkpoint = utils.load_checkpoint(args.resume) if args.resume else {}
     recipe = recipe_of(args.model or checkpoint.get("model_name", ""))
-    parser.set_defaults(**(datasets.DATA_CONFIG | recipe | checkpoint.get("data_config", {})))
+    saved = checkpoint.get("args") if isinstance(checkpoint.get("args"), dict) else {}
+    saved = {key: value for key, value in saved.items() if key in vars(args) and key not in OF_ONE_RUN}
+    parser.set_defaults(**(datasets.data_config(recipe, checkpoint) | recipe | saved))
     args = parser.parse_args(argv)
     if args.warmup_epochs is None:
         args.warmup_epochs = min(5, args.epochs / 10)
@@ -165,7 +184,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
     for name in SHARES:
         if getattr(args, name) is not None:
             utils.check_range(f"--{name.replace('_', '-')}", getattr(args, name), 0, 1)
-    if (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax) and args.batch_size % 2:
+    if mixes(args) and args.batch_size % 2:
         raise ValueError(
             f"--batch-size {args.batch_size} is odd and mixup pairs images:"
             " take an even one, or --mixup 0 --cutmix 0"
@@ -175,7 +194,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
         raise ValueError("no data: give the folder that holds train/ and val/ with --data-path DIR")
     if args.token_label and not args.token_label_data:
         raise ValueError("--token-label needs the folder of the labels: --token-label-data DIR")
-    if args.token_label and (args.data_set != "IMNET" or args.no_aug or args.mixup > 0 or args.cutmix > 0):
+    if args.token_label and (args.data_set != "IMNET" or args.no_aug or mixes(args)):
         raise ValueError(
             "--token-label goes with --data-set IMNET, --mixup 0 and --cutmix 0, without --no-aug"
         )
@@ -212,7 +231,7 @@ def make_criterion(args: argparse.Namespace, model: Adaptive) -> tuple[nn.Module
             return images, token_targets(label, box, num_classes, grid, args.smoothing)
 
         return SoftTargetCrossEntropy(), targets
-    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax:
+    if mixes(args):
         mixup = Mixup(
             args.mixup,
             args.cutmix,
@@ -227,14 +246,21 @@ def make_criterion(args: argparse.Namespace, model: Adaptive) -> tuple[nn.Module
     return (LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing > 0 else nn.CrossEntropyLoss()), None
 
 
-def make_update(args: argparse.Namespace, model: nn.Module, batches: int, world: int, scaler) -> Update:
-    """Optimizer, schedule and moving average over a model that is on its device."""
+def make_update(args: argparse.Namespace, model: nn.Module, images: int, batches: int, scaler) -> Update:
+    """Optimizer, schedule and moving average over a model that is on its device.
+
+    Args:
+        args: the command line.
+        model: not wrapped.
+        images: per batch, over all processes.
+        batches: per epoch.
+        scaler: gradient scaler.
+    """
     options = {"eps": args.opt_eps, "betas": args.opt_betas}
-    images = args.batch_size * world * args.accumulate
     optimizer = create_optimizer_v2(
         model,
         args.opt,
-        lr=args.lr if args.unscale_lr else args.lr * images / 512,
+        lr=args.lr if args.unscale_lr else args.lr * images * args.accumulate / 512,
         weight_decay=args.weight_decay,
         momentum=args.momentum,
         **{name: value for name, value in options.items() if value is not None},
@@ -262,11 +288,10 @@ class Run:
         self.board = SummaryWriter(self.folder / "tensorboard") if self.folder and context.is_main else None
         self.best = -1.0
 
-    def begin(self, steps: int, epochs: range, optimizer: torch.optim.Optimizer) -> None:
-        """Sets up the progress display, over all epochs of `steps` batches."""
+    def begin(self, images: int, steps: int, epochs: range, optimizer: torch.optim.Optimizer) -> None:
+        """Sets up the progress display, over all epochs of `steps` batches of so many images."""
         self.steps, self.optimizer = steps, optimizer
-        per_epoch = steps * self.args.batch_size * self.context.world
-        self.bar = utils.progress(per_epoch * len(epochs), shown=self.context.is_main)
+        self.bar = utils.progress(images * steps * len(epochs), shown=self.context.is_main)
 
     def step(self, epoch: int, step: int, images: int, losses: dict[str, float]) -> None:
         """Moves the bar by a batch; every --print-freq batches writes a line and to TensorBoard."""
@@ -353,14 +378,13 @@ def main() -> None:
     if folder and context.is_main:
         folder.mkdir(parents=True, exist_ok=True)
     utils.start_logging(context, folder / "train.log" if folder else None)
-    half = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-    half["auto"] = torch.float16 if context.device.type == "cuda" else None
-    precision = Precision(context.device, half[args.amp])
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    precision = Precision.of(context.device, args.amp)._replace(memory_format=layout)
     config = {name: getattr(args, name) for name in datasets.DATA_CONFIG}
 
     # Data and model; the number of classes comes from the training folders, or from the checkpoint.
     source = dict(
-        root=args.data_path, category=args.inat_category, download=args.download and context.is_main
+        root=args.data_path, category=args.inat_category, download=args.download and context.is_local_main
     )
     with utils.main_first(context):
         trainset = None if args.eval else datasets.build_dataset(args.data_set, split="train", **source)
@@ -380,9 +404,7 @@ def main() -> None:
         **source,
     )
     datasets.check_classes(valset, model.num_classes)
-    model.to(
-        context.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format
-    )
+    model.to(context.device, memory_format=layout)
     loading = dict(workers=args.num_workers, pin_memory=args.pin_mem and context.device.type == "cuda")
     share = (context.rank, context.world) if args.dist_eval else (0, 1)
     val_loader = datasets.eval_loader(
@@ -406,18 +428,22 @@ def main() -> None:
         repeats=3 if args.repeated_aug else 1,
         rank=context.rank,
         world=context.world,
+        seed=args.seed,
         **loading,
     )
-    if (args.mixup > 0 or args.cutmix > 0) and train_loader.batch_size % 2:
+    if mixes(args) and train_loader.batch_size % 2:
         raise ValueError("mixup pairs images and there is only one per process: --mixup 0 --cutmix 0")
     wrapped = model
     if args.compile:
         model.compile()
     if context.world > 1:  # before the moving average starts: this gives all processes the same weights
         ids = [context.device.index] if context.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, device_ids=ids, find_unused_parameters=model.varying_graph)
+        wrapped = DistributedDataParallel(
+            model, device_ids=ids, find_unused_parameters=model.varying_graph, broadcast_buffers=False
+        )
     criterion, mixup = make_criterion(args, model)
-    update = make_update(args, model, len(train_loader), context.world, precision.scaler())
+    images = train_loader.batch_size * context.world
+    update = make_update(args, model, images, len(train_loader), precision.scaler())
     run = Run(
         args,
         context,
@@ -440,7 +466,7 @@ def main() -> None:
     )
 
     epochs = range(first, args.epochs + args.cooldown_epochs)
-    run.begin(len(train_loader), epochs, update.optimizer)
+    run.begin(images, len(train_loader), epochs, update.optimizer)
     for epoch in epochs:
         train_loader.sampler.set_epoch(epoch)
         on_step = partial(run.step, epoch)

@@ -57,8 +57,20 @@ def run_command(main: Callable[[], None]) -> None:
             dist.destroy_process_group()
 
 
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with the defaults, where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default is None or action.default is False or "default:" in (action.help or ""):
+            return action.help or ""
+        return super()._get_help_string(action) or "default: %(default)s"
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **{"formatter_class": Defaults} | kwargs)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; --help lists what there is\n")
@@ -119,10 +131,15 @@ class Context(NamedTuple):
     device: torch.device
     rank: int
     world: int
+    local_rank: int = 0
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def is_local_main(self) -> bool:
+        return self.local_rank == 0
 
 
 def start(device: str | None, seed: int = 0) -> Context:
@@ -140,7 +157,9 @@ def start(device: str | None, seed: int = 0) -> Context:
         found = init_distributed_device_so(device=device)
     except RuntimeError as error:
         raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    context = Context(torch.device(found["device"]), found["global_rank"], found["world_size"])
+    context = Context(
+        torch.device(found["device"]), found["global_rank"], found["world_size"], found["local_rank"]
+    )
     seed += context.rank
     torch.manual_seed(seed)
     np.random.seed(seed)
@@ -157,12 +176,14 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 @contextmanager
 def main_first(context: Context) -> Iterator[None]:
-    """Lets the main process go through the body before the others, which then find what it fetched."""
-    if dist.is_initialized() and not context.is_main:
+    """Lets each machine's first process go through the body before the others, which find what it fetched."""
+    if dist.is_initialized() and not context.is_local_main:
         dist.barrier()
-    yield
-    if dist.is_initialized() and context.is_main:
-        dist.barrier()
+    try:
+        yield
+    finally:
+        if dist.is_initialized() and context.is_local_main:
+            dist.barrier()
 
 
 def gather(value: Any) -> list[Any]:
@@ -197,11 +218,11 @@ def start_logging(context: Context, file: Path | None = None) -> None:
         log.addHandler(handler)
 
 
-def progress(total: int, unit: str = "img", shown: bool = True) -> tqdm:
+def progress(total: int, shown: bool = True, initial: int = 0) -> tqdm:
     """A bar with rate and time left on a terminal; elsewhere it only counts, and log lines tell the same."""
     visible = shown and sys.stderr.isatty()
     file = sys.stderr if visible else open(os.devnull, "w")  # noqa: SIM115  (open as long as the bar)
-    return tqdm(total=total, unit=unit, file=file, dynamic_ncols=visible, smoothing=0.05)
+    return tqdm(total=total, initial=initial, unit="img", file=file, dynamic_ncols=visible, smoothing=0.05)
 
 
 def rate_and_left(bar: tqdm) -> tuple[float, str]:
@@ -237,6 +258,11 @@ class Results:
         found = {f.name: checkpoint.get(f.name) for f in dataclasses.fields(cls)}
         found["flops"] = checkpoint.get("flops", checkpoint.get("flop"))
         return cls(**{key: as_lists(value) for key, value in found.items()})
+
+    def cheapest(self, share: float) -> int:
+        """Number of the first operating point with at least this share of the last exit's accuracy."""
+        wanted = share * self.anytime_classification[-1]
+        return next(i for i, found in enumerate(self.budgeted_batch_classification[1]) if found >= wanted)
 
     def known(self) -> dict[str, Any]:
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}

@@ -163,7 +163,7 @@ def class_name(number: int, classes: list[str] | None) -> str:
 
 def contact_sheet(
     items: list[Explained],
-    stage_names: tuple[str, ...] = (),
+    stage_names: tuple[str, ...],
     classes: list[str] | None = None,
     columns: int = 2,
 ) -> Image.Image:
@@ -240,6 +240,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output_dir", default="test_img", metavar="DIR", help="where pictures go")
     add("--data-path", "--data_url", metavar="DIR", help="data folder")
     add("--data-set", default="IMNET", choices=datasets.DATA_SETS)
+    add("--inat-category", default="name", choices=datasets.INAT_CATEGORIES)
     add("--split", default="val", help="folder of the data set")
     add("--images", "--img-path", metavar="PATH", help="an image or a folder of images instead of a data set")
     add("--save-name", metavar="FILE", help="name of the picture of a single image")
@@ -288,15 +289,18 @@ def main() -> None:
         checkpoint, args.resume, args.model, utils.model_arguments(args), args.use_ema
     )
     model.to(context.device)
-    config = checkpoint.get("data_config") or datasets.DATA_CONFIG
+    config = datasets.data_config(model.recipe, checkpoint)
     transform = datasets.eval_transform(model.img_size, config)
     classes = checkpoint.get("class_names")
     if args.images:
         dataset = datasets.Files(args.images, transform)
         indices = range(len(dataset))
     elif args.data_path:
-        dataset = datasets.build_dataset(args.data_set, args.data_path, args.split, transform, classes)
-        classes = classes or dataset.classes
+        dataset = datasets.build_dataset(
+            args.data_set, args.data_path, args.split, transform, classes, args.inat_category
+        )
+        datasets.check_classes(dataset, model.num_classes)
+        classes = dataset.classes
         indices = np.random.default_rng(args.seed).permutation(len(dataset))[: args.num_images].tolist()
     else:
         raise ValueError("nothing to draw: give --data-path DIR or --images PATH, or --curve")

@@ -57,14 +57,16 @@ class Attention(nn.Module):
             [B,N,C], and for "cls" [B,P]: softmax weights, mean over heads, float32, without gradient.
         """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each [B,H,N,d]
-        row = self.class_row(q.detach(), k.detach(), bias) if need == "cls" else None
+        row = self.class_row(q, k, bias) if need == "cls" else None
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(out.transpose(1, 2).flatten(2)), row
 
     @torch.no_grad()
     def class_row(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
         """Attention of the class token to the patches, [B,P], from q and k [B,H,N,d]."""
-        logits = (q[:, :, :1] @ k.transpose(-2, -1)).float() * self.scale  # [B,H,1,N]
+        logits = (
+            (self.scale * q[:, :, :1]) @ k.transpose(-2, -1)
+        ).float()  # [B,H,1,N]; scaled first for fp16
         if bias is not None:
             logits = logits + bias[..., :1, :]
         return logits.softmax(dim=-1)[:, :, 0, 1:].mean(dim=1)
@@ -244,17 +246,14 @@ class AdaptiveViT(Adaptive):
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Position embeddings are resampled (bicubic) to this model's grids."""
         state = dict(state)
-        table = state.pop("pos_embed", None)
-        if table is None:
-            return state
-        prefix = 2 if "dist_token" in state else 1
+        shared, prefix = state.pop("pos_embed", None), 2 if "dist_token" in state else 1
         for name, own in self.named_parameters():
-            if name.startswith("pos_embed"):
+            table = state.get(name, shared)
+            if name.startswith("pos_embed") and table is not None:
                 side = round((own.shape[1] - 1) ** 0.5)
                 new = resample_abs_pos_embed(table, [side, side], num_prefix_tokens=prefix)
-                state[name] = torch.cat(
-                    [new[:, :1], new[:, prefix:]], dim=1
-                )  # a distillation token has no place here
+                # A distillation token has no place here.
+                state[name] = torch.cat([new[:, :1], new[:, prefix:]], dim=1)
         return state
 
 

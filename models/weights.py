@@ -4,9 +4,10 @@ import logging
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor, nn
 
-from models.vit import Adaptive
+from models.vit import Adaptive, StageOutput
 
 log = logging.getLogger("adaptive-vit")
 
@@ -23,9 +24,43 @@ def create_model(name: str | None, kwargs: dict[str, Any]) -> Adaptive:
     except TypeError as error:  # a model of timm does not take the argument
         raise ValueError(f"{name}: {str(error).split('__init__() ')[-1]}") from error
     if not isinstance(model, Adaptive):
-        raise ValueError(
-            f"{name} is a plain timm model, which cannot be used here; deit_nano shows how to wrap one"
-        )
+        raise ValueError(f"{name} is a plain timm model: it can be a --baseline, no more")
+    return model
+
+
+class OneStage(Adaptive):
+    """Any classifier of timm as a model with one exit."""
+
+    def __init__(self, model: nn.Module, img_size: int):
+        super().__init__()
+        self.model, self.img_size = model, img_size
+
+    def stage(self, k: int, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:
+        return StageOutput(self.model(images), {})
+
+
+def baseline_model(name: str, num_classes: int, img_size: int) -> Adaptive:
+    """A model to compare speed with, untrained: one of this project, or any of timm at the given image size.
+
+    Raises:
+        ValueError: there is no such model, or it does not take images of this size.
+    """
+    if not timm.is_model(name):
+        raise ValueError(f"unknown model {name!r}")
+    model = timm.create_model(name, num_classes=num_classes)
+    if not isinstance(model, Adaptive):
+        try:
+            sized = timm.create_model(name, num_classes=num_classes, img_size=img_size)
+        except TypeError:  # a convolutional network, which takes any size
+            sized = model
+        model = OneStage(sized, img_size).eval()
+        try:
+            with torch.no_grad():
+                model(torch.zeros(1, 3, img_size, img_size))
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"{name} takes no images of {img_size} pixels ({error})") from error
+    if model.img_size != img_size:
+        raise ValueError(f"{name} takes images of {model.img_size} pixels, not {img_size}")
     return model
 
 

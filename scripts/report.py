@@ -14,14 +14,6 @@ import utils  # noqa: E402
 PASS = {"focus": 6.0, "coverage": 90.0, "accuracy": 99.0, "cost": 75.0}
 
 
-def cheapest(results: utils.Results, share: float) -> int:
-    """Number of the lowest threshold whose accuracy is at least `share` of the last exit's."""
-    wanted = share * results.anytime_classification[-1]
-    return next(
-        i for i, accuracy in enumerate(results.budgeted_batch_classification[1]) if accuracy >= wanted
-    )
-
-
 def main() -> None:
     if len(sys.argv) != 3:
         raise ValueError("give the checkpoint and the results file")
@@ -42,7 +34,7 @@ def main() -> None:
     saved = plain["gflops"] / timed["mean_gflops"]
     print(f"{timed['speedup']:.2f}x the images per second for {saved:.2f}x fewer GFLOPs")
 
-    chosen = cheapest(val, PASS["accuracy"] / 100)
+    chosen = val.cheapest(PASS["accuracy"] / 100)
     gain = test.anytime_classification[1] - test.anytime_classification[0]
     kept = 100 * accuracy[chosen] / test.anytime_classification[1]
     cost = 100 * gflops[chosen] / test.flops[1]

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 import datasets
 import main_deit
 import utils
+from models import recipe_of
 from models.cost import exit_gflops
 from models.weights import create_model, model_from_checkpoint
 
@@ -140,7 +142,9 @@ def test_training_leaves_checkpoints_and_logs(folder: Path, trained: Path) -> No
 
 def test_first_and_last_learning_rate(trained: Path) -> None:
     """Warm-up begins at 1e-6; the schedule of 2 x 2 updates ends at --min-lr."""
-    assert log_of(trained)[0]["train_lr"] == pytest.approx(1e-6)
+    peak, low = 5e-4 * 32 / 512, 1e-5
+    second = low + (peak - low) * (1 + math.cos(math.pi / 4)) / 2
+    assert log_of(trained)[0]["train_lr"] == pytest.approx((1e-6 + second) / 2)
     saved = utils.load_checkpoint(trained / "checkpoint.pth")["optimizer"]["param_groups"]
     assert all(group["lr"] == pytest.approx(1e-5) for group in saved)
 
@@ -149,7 +153,7 @@ def test_learning_rate_and_decay_of_the_weights() -> None:
     """The rate grows with the images of an update; biases, norms, class token and positions do not decay."""
     args = main_deit.parse([*TRAIN, "--data-path", "unused", "--accumulate", "2"])[0]
     model = create_model("lf_deit_nano", {})
-    update = main_deit.make_update(args, model, 10, 4, torch.amp.GradScaler("cpu", enabled=False))
+    update = main_deit.make_update(args, model, 4 * 32, 10, torch.amp.GradScaler("cpu", enabled=False))
     groups = update.optimizer.param_groups
     assert {group["initial_lr"] for group in groups} == {5e-4 * 32 * 2 * 4 / 512}
     decayed = {id(weight) for group in groups if group["weight_decay"] for weight in group["params"]}
@@ -191,6 +195,62 @@ def test_a_small_folder_trains_in_smaller_batches(command: Command, folder: Path
     ended = command("main_deit", *TRAIN, *arguments)
     assert ended.code == 0 and "only 64 training images per process: batches of 64" in ended.err
     assert utils.load_checkpoint(tmp_path / "checkpoint.pth")["optimizer"]["state"][0]["step"] == 1
+
+
+def test_a_resumed_run_keeps_its_options(trained: Path) -> None:
+    saved = utils.load_checkpoint(trained / "checkpoint.pth")["args"]
+    args, _ = main_deit.parse(
+        ["--resume", str(trained / "checkpoint.pth"), "--data-path", "here", "--lr", "1"]
+    )
+    changed = {name for name, value in saved.items() if vars(args)[name] != value}
+    assert changed == {"resume", "data_path", "lr", "output_dir", "device", "num_workers"}
+
+
+def test_released_lv_weights_get_their_own_crop() -> None:
+    assert datasets.data_config(recipe_of("cf_lvvit_small"), {})["crop_pct"] == 0.9
+    assert datasets.data_config(recipe_of("lf_deit_small"), {})["crop_pct"] == 0.875
+    assert (
+        datasets.data_config(recipe_of("cf_lvvit_small"), {"data_config": {"crop_pct": 1}})["crop_pct"] == 1
+    )
+
+
+@pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--channels-last"], ["--accumulate", "2"]])
+def test_other_precision_and_layout_train(
+    command: Command, folder: Path, tmp_path: Path, flags: list
+) -> None:
+    arguments = ["--data-path", folder, "--output_dir", tmp_path, "--epochs", 1, *flags]
+    assert command("main_deit", *TRAIN, *arguments).code == 0
+    assert 1 < log_of(tmp_path)[0]["train_loss"] < 3
+
+
+def test_any_model_of_timm_can_be_the_baseline(
+    command: Command, folder: Path, sharp: Path, tmp_path: Path
+) -> None:
+    flags = f"--eval-mode 2 --data_url {folder} --checkpoint_path {sharp} --num_workers 0 --repeats 1".split()
+    ended = command(
+        "dynamic_inference", *flags, "--baseline", "test_resnet", "--results", tmp_path / "r.json"
+    )
+    assert ended.code == 0, ended.err
+    assert utils.load_json(tmp_path / "r.json")["timed"]["baseline"]["model"] == "test_resnet"
+    ended = command("dynamic_inference", *flags, "--baseline", "test_vit", "--results", tmp_path / "r.json")
+    assert ended.code == 2 and "takes no images of 56 pixels" in ended.err  # its patches are 16 pixels wide
+
+
+def test_fewer_folders_than_classes_are_not_guessed(
+    command: Command, folder: Path, sharp: Path, tmp_path: Path
+) -> None:
+    checkpoint = utils.load_checkpoint(sharp)
+    checkpoint.pop("class_names")
+    utils.save_checkpoint(checkpoint, tmp_path / "nameless.pth")
+    shutil.copytree(folder / "val", tmp_path / "data" / "val")
+    shutil.rmtree(next((tmp_path / "data" / "val").iterdir()))
+    flags = ["--data_url", tmp_path / "data", "--num_workers", 0, "--eval-mode", 0]
+    ended = command("dynamic_inference", *flags, "--checkpoint_path", tmp_path / "nameless.pth")
+    assert ended.code == 2 and "does not name its classes" in ended.err
+    assert (
+        command("dynamic_inference", *flags, "--checkpoint_path", sharp, "--results", tmp_path / "r").code
+        == 0
+    )
 
 
 def test_a_longer_run_takes_the_longer_schedule(

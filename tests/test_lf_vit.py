@@ -127,6 +127,12 @@ def test_attention_equals_the_plain_formula_and_its_class_row() -> None:
 
 
 @torch.inference_mode()
+def test_the_class_row_survives_large_activations_in_half_precision() -> None:
+    q = k = torch.full((1, 1, 5, 64), 33.0, dtype=torch.float16)  # q k^T is beyond the range of float16
+    torch.testing.assert_close(Attention(64, 1).class_row(q, k, None), torch.full((1, 4), 0.2))
+
+
+@torch.inference_mode()
 def test_residual_scale_divides_both_branches() -> None:
     torch.manual_seed(0)
     block, x = Block(8, 2, residual_scale=2.0), torch.randn(2, 5, 8)

@@ -322,6 +322,14 @@ def test_distillation_token_has_no_place(tmp_path: Path) -> None:
     assert torch.equal(model.pos_embed_list[0], table)
 
 
+def test_finetuning_from_another_grid_resamples_both_positions() -> None:
+    small = timm.create_model("lf_deit_nano", **TINY)
+    large = timm.create_model("lf_deit_nano", **(TINY | {"location_stage_size": 9, "region_size": 5}))
+    initialise_from(large, small.state_dict(), "small.pth")
+    for own, other, side in zip(large.pos_embed_list, small.pos_embed_list, (9, 18), strict=True):
+        torch.testing.assert_close(own, resample_abs_pos_embed(other, [side, side]))
+
+
 def test_finetuning_needs_a_tensor_that_fits() -> None:
     with pytest.raises(ValueError, match="other.pth"):
         initialise_from(timm.create_model("lf_deit_nano", **TINY), STATE, "other.pth")
