@@ -19,7 +19,8 @@ CHEAP = {
     "aten::" + name
     for name in """
     add add_ sub rsub mul mul_ div div_ pow neg exp log sum mean softmax log_softmax gelu relu dropout sigmoid
-    tanh max min amax argmax argsort sort topk cumsum ceil floor floor_divide remainder clamp where avg_pool2d
+    tanh max min amax argmax argsort sort topk cumsum ceil floor floor_divide remainder clamp where
+    max_pool2d avg_pool2d relu_ silu silu_ hardswish hardswish_ hardtanh_ sqrt rsqrt roll
     gather scatter scatter_ unflatten tensor_split index index_select arange repeat expand_as pad ge gt le lt
     eq ne bitwise_not
     """.split()
