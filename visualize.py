@@ -200,7 +200,7 @@ def draw_curve(lines: list[Line], path: Path, baselines: list[tuple[str, float, 
         (drawn,) = axes.plot(gflops, accuracy, label=line.name)
         for at in range(0, len(gflops), 10):
             axes.plot(gflops[at], accuracy[at], ".", color=drawn.get_color())
-            if at in (50, 70, 90):
+            if len(lines) == 1 and at in (50, 70, 90):
                 note = f"T={at / 100:.1f}"
                 axes.annotate(
                     note, (gflops[at], accuracy[at]), (4, -11), textcoords="offset points", fontsize=8
@@ -212,7 +212,7 @@ def draw_curve(lines: list[Line], path: Path, baselines: list[tuple[str, float, 
                 "o",
                 fillstyle="none",
                 color=drawn.get_color(),
-                label=f"{line.name}, all images to one exit",
+                label="all images to one exit" if line is lines[-1] else None,
             )
     for name, gflops, accuracy in baselines:
         axes.plot(gflops, accuracy, "*", markersize=11, label=name)

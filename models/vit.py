@@ -277,7 +277,7 @@ def init_weights(model: AdaptiveViT) -> AdaptiveViT:
         if isinstance(module, nn.Linear):
             std = 0.7 * module.in_features**-0.5 if fan_in and name != "head" else 0.02
             if fan_in and name.endswith(("attn.proj", "mlp.fc2")):
-                std /= 2
+                std *= model.blocks[0].residual_scale / 2  # what reaches the residual stream is halved
             trunc_normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

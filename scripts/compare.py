@@ -38,8 +38,8 @@ SYSTEMS = [
     System("plain 7x7, half size", "deit_nano", ["--model-kwargs", "img_size=28"]),
     System("LF-ViT", "lf_deit_nano", TWO_STAGE),
     System("CF-ViT, DeiT", "cf_deit_nano", TWO_STAGE),
-    System("CF-ViT, LV-ViT", "cf_lvvit_nano", TWO_STAGE, teacher="plain 14x14"),
-    System("CF-ViT, LV-ViT without token labels", "cf_lvvit_nano", TWO_STAGE),
+    System("CF-ViT, LV-ViT", "cf_lvvit_nano", TWO_STAGE),
+    System("CF-ViT, LV-ViT, token labels", "cf_lvvit_nano", TWO_STAGE, teacher="plain 14x14"),
 ]
 
 
