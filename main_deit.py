@@ -84,7 +84,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--std", type=float, nargs=3, help="of the channels; default: ImageNet's")
 
     add = parser.add_argument_group("augmentation").add_argument
-    add("--no-aug", action="store_true", help="images as in evaluation; mixing and repeating stay as set")
+    add(
+        "--no-aug",
+        action="store_true",
+        help="whole images, resized and cropped at the centre; mixing and repeating stay as set",
+    )
     add("--scale", type=float, nargs=2, default=(0.08, 1.0), help="area of the random crop")
     add("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="aspect ratio of the random crop")
     add("--hflip", type=float, default=0.5, help="probability of a horizontal flip")
