@@ -31,9 +31,7 @@ class CFViT(TwoStageViT):
     recipe = {"select_from": 201 / 300}
 
     def __init__(self, coarse_stage_size: int = 7, alpha: float = 0.5, **two_stage):
-        super().__init__(stage_size=coarse_stage_size, **two_stage)
-        if not 0 < alpha <= 1:
-            raise ValueError(f"alpha is {alpha}: take a share in (0, 1]")
+        super().__init__(stage_size=coarse_stage_size, alpha=alpha, **two_stage)
         self.refined = math.ceil(alpha * coarse_stage_size**2)
 
     def select(self, cls_attn: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -37,11 +37,9 @@ class LFViT(TwoStageViT):
     def __init__(
         self, location_stage_size: int = 7, region_size: int | None = None, alpha: float = 0.88, **two_stage
     ):
-        super().__init__(stage_size=location_stage_size, **two_stage)
+        super().__init__(stage_size=location_stage_size, alpha=alpha, **two_stage)
         if region_size is None:
             region_size = min(5, location_stage_size) if location_stage_size <= 7 else 8
-        if not 0 < alpha <= 1:
-            raise ValueError(f"alpha is {alpha}: take a share in (0, 1]")
         self.region_size = region_size
         self.refined = math.ceil(alpha * region_size**2)
         self.register_buffer("regions", region_table(location_stage_size, region_size), persistent=False)

@@ -26,6 +26,7 @@ class TwoStageViT(AdaptiveViT):
 
     Args:
         stage_size: g; the full image is 2 * patch_size * g pixels wide.
+        alpha: share of the candidate patches that are refined, in (0, 1].
         beta: decay of the moving average of the class attention.
         first_attention: first block (0-based) of that average; the early blocks attend to everything.
         select_from_epoch: before this epoch stage 1 trains on all 2g x 2g patches. Evaluation always selects.
@@ -37,7 +38,8 @@ class TwoStageViT(AdaptiveViT):
 
     def __init__(
         self,
-        stage_size: int = 7,
+        stage_size: int,
+        alpha: float,
         beta: float = 0.99,
         first_attention: int | None = None,
         select_from_epoch: float = 0,
@@ -47,6 +49,8 @@ class TwoStageViT(AdaptiveViT):
     ):
         if not (isinstance(stage_size, int) and stage_size >= 1):
             raise ValueError(f"stage size is {stage_size}: take a grid of at least one patch a side")
+        if not 0 < alpha <= 1:
+            raise ValueError(f"alpha is {alpha}: take a share in (0, 1]")
         self.stage_size = stage_size  # read by make_pos_embed, which the base constructor calls
         super().__init__(img_size=2 * patch_size * stage_size, patch_size=patch_size, **vit)
         self.beta = beta

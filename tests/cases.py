@@ -69,6 +69,22 @@ def build_case(stem: str) -> tuple[Any, dict[str, Any], Tensor, dict[str, Tensor
     return model.eval(), meta, image, {key: torch.from_numpy(value) for key, value in tensors.items()}
 
 
+@torch.inference_mode()
+def check_outputs(stem: str) -> None:
+    """A two-stage case in evaluation mode: logits, class attention, refined patches, early exit."""
+    from engine import early_exit
+
+    model, meta, image, expected = build_case(stem)
+    first, second = model(image)
+    torch.testing.assert_close(first.logits, expected["output.stage0"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(second.logits, expected["output.stage1"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(first.info["cls_attn"], expected["output.class_attention"], atol=1e-6, rtol=0)
+    assert torch.equal(second.info["kept"], expected["output.region"].long())  # in the published order
+    logits, exits = early_exit(model, image, [meta["threshold"]])
+    torch.testing.assert_close(logits, expected["output.early_exit"], atol=1e-4, rtol=0)
+    assert exits.tolist() == expected["output.no_exit"].tolist()
+
+
 def published_shapes(name: str) -> dict[str, list[int]]:
     """Names and shapes of a published state dict."""
     manifest = json.loads((VECTORS / f"manifest_{name}.json").read_text())
