@@ -499,7 +499,7 @@ def test_labels_are_the_classifiers_best(
         image = squashed(pictures / "train" / file.parent.name / f"{file.stem}.x.png", side, config)
         logits = F.interpolate(patch_logits(model, image), (9, 9), mode="bilinear", align_corners=False)
         label = load_label(file, num_classes=2)
-        assert label.shape == (2, 1, 9, 9) and torch.load(file).dtype == torch.float16
+        assert label.shape == (2, 1, 9, 9) and torch.load(file, weights_only=True).dtype == torch.float16
         assert file.stat().st_size < 4000  # a label alone, not its batch
         assert torch.equal(label[1, 0], logits[0].argmax(dim=0).float())
         assert len(label[1].unique()) == 2 or name == "test_resnet"
@@ -520,7 +520,7 @@ def test_labels_that_exist_are_kept(command: Command, pictures: Path, tmp_path: 
     gone.unlink()
     ended = command("make_token_labels", *argv)
     assert ended.code == 0 and "1 token labels made, 5 were there" in ended.out
-    assert torch.equal(torch.load(old), torch.zeros(1))
+    assert torch.equal(torch.load(old, weights_only=True), torch.zeros(1))
     assert gone.read_bytes() == first[gone]
     assert sorted(output.glob("*/*")) == sorted(first)  # no temporary file is left
     assert "0 token labels made, 6 were there" in command("make_token_labels", *argv).out
