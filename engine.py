@@ -166,7 +166,7 @@ def train_one_epoch(
         epoch: 0-based.
         precision: device and autocast type.
         mixup: from a batch on the device to images and target; default: the batch is both.
-        on_step: called with the step, the number of images and the losses of every batch.
+        on_step: called with the step, the number of images, and the losses and schedules of every batch.
 
     Returns:
         Means over the epoch and all processes: `lr`, `loss` and each of its terms.
@@ -208,7 +208,7 @@ def train_one_epoch(
             update.scheduler.step_update(epoch * updates + step // update.accumulate + 1)
         for name, value in {"lr": lr, **losses}.items():
             totals[name] = totals.get(name, 0.0) + value
-        on_step(step, len(images), losses)
+        on_step(step, len(images), losses | own.schedules())
     return {name: total / len(loader) for name, total in totals.items()}
 
 

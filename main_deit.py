@@ -366,6 +366,7 @@ class Run:
 
 def evaluate(model: nn.Module, loader, precision: Precision, prefix: str = "test_") -> dict[str, float]:
     """Accuracy and loss of every exit, and the share of images that three thresholds let go early."""
+    model.set_epoch(math.inf)  # what is measured is what inference will do
     predictions = predict(model, loader, precision)
     entry = {prefix + name: value for name, value in predictions.summary().items()}
     thresholds = uniform_thresholds(11, model.num_exits)[[5, 7, 9]]  # 0.5, 0.7, 0.9
@@ -439,6 +440,9 @@ def main() -> None:
         raise ValueError("mixup pairs images and there is only one per process: --mixup 0 --cutmix 0")
     wrapped = model
     if args.compile:
+        # Whole numbers that a schedule moves, as EViT's kept tokens, become symbols instead of new
+        # compilations.
+        torch._dynamo.config.allow_unspec_int_on_nn_module = True
         model.compile()
     if context.world > 1:  # before the moving average starts: this gives all processes the same weights
         ids = [context.device.index] if context.device.type == "cuda" else None
@@ -475,6 +479,7 @@ def main() -> None:
         train_loader.sampler.set_epoch(epoch)
         on_step = partial(run.step, epoch)
         losses = train_one_epoch(wrapped, train_loader, criterion, update, epoch, precision, mixup, on_step)
+        losses |= model.schedules()
         if (
             context.world > 1
         ):  # every process has its own running statistics: one average is evaluated and saved

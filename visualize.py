@@ -26,6 +26,7 @@ from models.exits import confidence
 from models.weights import model_from_checkpoint
 from utils import log
 
+PICTURED = {"cls_attn", "region"}  # what a picture reads of a stage's info
 PANEL = 224  # pixels a side; smaller images are enlarged by a whole factor
 RIGHT, WRONG, NEUTRAL, BOX = (0, 150, 0), (200, 0, 0), (60, 60, 60), (255, 210, 0)
 
@@ -36,7 +37,9 @@ class Explained(NamedTuple):
     Attributes:
         image: [S,S,3] uint8, the model's input.
         attention: [g,g] class attention of the first stage, or None.
-        kept: [s,s] bool, which patches the last stage saw at full resolution; None if it was not needed.
+        kept: [s,s] bool per drop, which patches of the full image stayed: those that the second stage
+            refined, or those after each block that drops.
+        panels: how many such drops the model has; an image that left before has fewer.
         box: left, top, right, bottom of the region in input pixels, or None.
         exit: where the image left.
         predicted: class number.
@@ -46,7 +49,8 @@ class Explained(NamedTuple):
 
     image: np.ndarray
     attention: np.ndarray | None
-    kept: np.ndarray | None
+    kept: list[np.ndarray]
+    panels: int
     box: tuple[int, int, int, int] | None
     exit: int
     predicted: int
@@ -84,8 +88,11 @@ def explain(
         for step in cascade(model, images.to(device), thresholds):
             logits, info = step.output
             sure = confidence(logits)
+            kept = [patches.cpu() for patches in model.kept_patches(info)]
             for at, row in enumerate(step.rows.tolist()):
-                rows[row] |= {name: value[at].float().cpu() for name, value in info.items()}
+                for name in PICTURED & info.keys():
+                    rows[row][name] = info[name][at].float().cpu()
+                rows[row]["kept"] = [patches[at] for patches in kept]
                 rows[row] |= {
                     "exit": step.exit,
                     "predicted": int(logits[at].argmax()),
@@ -95,21 +102,25 @@ def explain(
         pixels = (255 * pixels).round().clamp(0, 255).byte().numpy()
         for image, label, row in zip(pixels, labels, rows, strict=True):
             found.append(as_explained(image, label if labelled else None, row, model.patch_size))
-    return found
+    panels = max((len(item.kept) for item in found), default=0)
+    return [item._replace(panels=panels) for item in found]
 
 
 def as_explained(image: np.ndarray, label: int | None, row: dict, patch_size: int) -> Explained:
     side = len(image) // patch_size
-    attention, kept, box = row.get("cls_attn"), None, None
+    attention, box = row.get("cls_attn"), None
     if attention is not None:
         attention = attention.reshape(round(len(attention) ** 0.5), -1).numpy()
-    if "kept" in row:
-        kept = np.zeros(side * side, dtype=bool)
-        kept[row["kept"].long().numpy()] = True
-        kept = kept.reshape(side, side)
+    kept = []
+    for patches in row["kept"]:
+        mask = np.zeros(side * side, dtype=bool)
+        mask[patches[patches >= 0].numpy()] = True
+        kept.append(mask.reshape(side, side))
     if "region" in row:
         box = tuple(int(value) * patch_size for value in row["region"])
-    return Explained(image, attention, kept, box, row["exit"], row["predicted"], row["sure"], label)
+    return Explained(
+        image, attention, kept, len(kept), box, row["exit"], row["predicted"], row["sure"], label
+    )
 
 
 def enlarge(image: np.ndarray, factor: int) -> np.ndarray:
@@ -131,7 +142,7 @@ def dim(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 
 def picture(item: Explained, stage_names: tuple[str, ...], classes: list[str] | None = None) -> Image.Image:
-    """Input with its region, attention and refined patches side by side, under a line with the outcome."""
+    """Input with its region, attention and kept patches side by side, under a line with the outcome."""
     factor = max(1, PANEL // len(item.image))
     panels = [Image.fromarray(enlarge(item.image, factor))]
     if item.box is not None:
@@ -139,10 +150,9 @@ def picture(item: Explained, stage_names: tuple[str, ...], classes: list[str] | 
         ImageDraw.Draw(panels[0]).rectangle((left, top, right - 1, bottom - 1), outline=BOX, width=3)
     if item.attention is not None:
         panels.append(Image.fromarray(enlarge(heat_map(item.image, item.attention), factor)))
-    if item.kept is not None:
-        panels.append(Image.fromarray(enlarge(dim(item.image, item.kept), factor)))
-    elif item.attention is not None:  # left early: the place stays, so that sheets line up
-        panels.append(Image.new("RGB", panels[0].size, (235, 235, 235)))
+    panels += [Image.fromarray(enlarge(dim(item.image, kept), factor)) for kept in item.kept]
+    # Where an image left early the place stays, so that sheets line up.
+    panels += [Image.new("RGB", panels[0].size, (235, 235, 235))] * (item.panels - len(item.kept))
     width, height, gap = panels[0].width, panels[0].height, 4
     sheet = Image.new("RGB", (len(panels) * (width + gap) - gap, height + 22), "white")
     for at, panel in enumerate(panels):
@@ -244,7 +254,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--split", default="val", help="folder of the data set")
     add("--images", "--img-path", metavar="PATH", help="an image or a folder of images instead of a data set")
     add("--save-name", metavar="FILE", help="name of the picture of a single image")
-    add("--num-images", type=int, default=24, help="how many images of the data set, drawn at random")
+    add(
+        "--num-images",
+        "--n_visualization",
+        type=int,
+        default=24,
+        help="how many images of the data set, drawn at random",
+    )
     add("--batch-size", type=int, default=64)
     add("--threshold", type=float, default=0.7, help="confidence that lets an image leave early")
     add("--columns", type=int, default=2, help="of the contact sheet")

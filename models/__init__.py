@@ -5,10 +5,10 @@ from typing import Any
 import timm
 import torch
 
-from models import cf_vit, lf_vit, lv_vit, vit
+from models import cf_vit, evit, lf_vit, lv_vit, vit
 from models.vit import Adaptive, AdaptiveViT, StageOutput
 
-__all__ = ["Adaptive", "AdaptiveViT", "StageOutput", "cf_vit", "lf_vit", "lv_vit", "recipe_of", "vit"]
+__all__ = ["Adaptive", "AdaptiveViT", "StageOutput", "cf_vit", "evit", "lf_vit", "lv_vit", "recipe_of", "vit"]
 
 
 def recipe_of(name: str) -> dict[str, Any]:

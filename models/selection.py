@@ -80,6 +80,25 @@ def refine(coarse: Tensor, grid_size: int) -> Tensor:
     return torch.cat([top_left, top_left + 1, top_left + below, top_left + below + 1], dim=-1)
 
 
+def original_patches(kept: list[Tensor], fused: bool) -> list[Tensor]:
+    """Turns kept slots of successive drops into patches of the image.
+
+    Args:
+        kept: [B,n] per drop: which of the slots that entered it stay.
+        fused: whether each drop appends one slot that is no patch, for the next drop to keep or not.
+
+    Returns:
+        [B,n] per drop: patches of the image, -1 for a slot that is none.
+    """
+    found: list[Tensor] = []
+    for index in kept:
+        if found:
+            slots = F.pad(found[-1], (0, int(fused)), value=-1)  # the fused slot is the last
+            index = slots.gather(1, index)
+        found.append(index)
+    return found
+
+
 def bounding_box(index: Tensor, side: int) -> Tensor:
     """Smallest box around patches [B,n] of a grid of this side: [B,4] left, top, right, bottom, exclusive."""
     row, column = index // side, index % side

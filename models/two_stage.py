@@ -102,7 +102,7 @@ class TwoStageViT(AdaptiveViT):
             x, row = block.attend(x, need="cls" if i >= self.first_attention else None)
             x = block.feed(x)
             if row is not None:  # the average of rows is the row of the averaged maps
-                cls_attn = self.beta * cls_attn + (1 - self.beta) * row
+                cls_attn = self.beta * cls_attn + (1 - self.beta) * row.detach()
         x = self.norm(x)
         info |= {"cls_attn": cls_attn, "embedded": embedded[:, 1:], "features": x[:, 1:]}
         return self.read_out(0, x, info)
@@ -123,6 +123,9 @@ class TwoStageViT(AdaptiveViT):
         for block in self.blocks:
             x = block(x)
         return self.read_out(1, self.norm(x[:, self.read]), {"kept": kept, "rest": rest, **extra}, prev)
+
+    def kept_patches(self, info: dict[str, Tensor]) -> list[Tensor]:
+        return [info["kept"]] if "kept" in info else []
 
     def read_out(
         self, k: int, x: Tensor, info: dict[str, Tensor], prev: dict[str, Tensor] | None = None

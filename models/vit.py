@@ -54,14 +54,13 @@ class Attention(nn.Module):
             need: "cls" for the class token's attention to the patches.
 
         Returns:
-            [B,N,C], and for "cls" [B,P]: softmax weights, mean over heads, float32, without gradient.
+            [B,N,C], and for "cls" [B,P]: softmax weights, mean over heads, float32.
         """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each [B,H,N,d]
         row = self.class_row(q, k, bias) if need == "cls" else None
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(out.transpose(1, 2).flatten(2)), row
 
-    @torch.no_grad()
     def class_row(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
         """Attention of the class token to the patches, [B,P], from q and k [B,H,N,d]."""
         logits = (
@@ -149,7 +148,17 @@ class Adaptive(nn.Module):
         return {f"exit{k}": criterion(out.logits, target) for k, out in enumerate(outputs)}
 
     def set_epoch(self, epoch: float) -> None:
-        """Moves the model's own schedules to `epoch` (0-based, fractional inside an epoch)."""
+        """Moves the model's own schedules to `epoch` (0-based, fractional inside an epoch; infinity is their
+        end)."""
+
+    def schedules(self) -> dict[str, float]:
+        """Values of these schedules that a log should show."""
+        return {}
+
+    def kept_patches(self, info: dict[str, Tensor]) -> list[Tensor]:
+        """What `info` says about dropped patches, for pictures: after each drop the patches of the full image
+        that stay, [B,n], -1 for tokens that are none."""
+        return []
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Renames and reshapes the weights of a timm / DeiT model to this model's, as an initialisation."""
@@ -171,6 +180,8 @@ class AdaptiveViT(Adaptive):
             residual outputs and starts position embeddings as 2-D sine-cosine, which trains far faster on
             short schedules.
     """
+
+    num_prefix_tokens = 1  # tokens before the patches
 
     def __init__(
         self,
@@ -220,14 +231,13 @@ class AdaptiveViT(Adaptive):
 
     def make_pos_embed(self) -> None:
         self.pos_embed = nn.Parameter(
-            torch.zeros(1, (self.img_size // self.patch_size) ** 2 + 1, self.embed_dim)
+            torch.zeros(1, (self.img_size // self.patch_size) ** 2 + self.num_prefix_tokens, self.embed_dim)
         )
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimizer factory leaves undecayed, besides biases and norms."""
-        return {
-            name for name, _ in self.named_parameters() if name == "cls_token" or name.startswith("pos_embed")
-        }
+        names = (name for name, _ in self.named_parameters())
+        return {name for name in names if name in ("cls_token", "dist_token") or name.startswith("pos_embed")}
 
     def check_images(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[-2:] != (self.img_size, self.img_size):
@@ -244,17 +254,21 @@ class AdaptiveViT(Adaptive):
         return StageOutput(self.head(self.norm(x[:, 0])), {})
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Position embeddings are resampled (bicubic) to this model's grids."""
+        """Position embeddings are resampled (bicubic) to this model's grids; a distillation token is dropped,
+        or starts as the class token where the model has one and the file has not."""
         state = dict(state)
-        shared, prefix = state.pop("pos_embed", None), 2 if "dist_token" in state else 1
+        shared, theirs = state.pop("pos_embed", None), 2 if "dist_token" in state else 1
+        ours = self.num_prefix_tokens
         for name, own in self.named_parameters():
             table = state.get(name, shared)
             if name.startswith("pos_embed") and table is not None:
-                side = round((own.shape[1] - 1) ** 0.5)
-                new = resample_abs_pos_embed(table, [side, side], num_prefix_tokens=prefix)
-                # A distillation token has no place here.
-                state[name] = torch.cat([new[:, :1], new[:, prefix:]], dim=1)
-        return state
+                side = round((own.shape[1] - ours) ** 0.5)
+                new = resample_abs_pos_embed(table, [side, side], num_prefix_tokens=theirs, antialias=False)
+                prefix = [new[:, min(i, theirs - 1), None] for i in range(ours)]
+                state[name] = torch.cat([*prefix, new[:, theirs:]], dim=1)
+        if ours > theirs:
+            state = {"dist_token": state.get("cls_token"), **state}
+        return {name: value for name, value in state.items() if value is not None}
 
 
 def sincos_table(side: int, frame: int, dim: int) -> Tensor:
@@ -275,20 +289,22 @@ def init_weights(model: AdaptiveViT) -> AdaptiveViT:
     fan_in = model.init == "fan_in"
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            std = 0.7 * module.in_features**-0.5 if fan_in and name != "head" else 0.02
+            std = 0.7 * module.in_features**-0.5 if fan_in and not name.startswith("head") else 0.02
             if fan_in and name.endswith(("attn.proj", "mlp.fc2")):
                 std *= model.blocks[0].residual_scale / 2  # what reaches the residual stream is halved
             trunc_normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    trunc_normal_(model.cls_token, std=0.02)
-    frame = model.img_size // model.patch_size
+    frame, prefix = model.img_size // model.patch_size, model.num_prefix_tokens
+    for name, parameter in model.named_parameters():
+        if name.endswith("_token"):
+            trunc_normal_(parameter, std=0.02)
     for name, parameter in model.named_parameters():
         if name.startswith("pos_embed"):
             trunc_normal_(parameter, std=0.02)
             if fan_in:
-                side = round((parameter.shape[1] - 1) ** 0.5)
-                parameter.data[0, 1:] = 0.5 * sincos_table(side, frame, parameter.shape[-1])
+                side = round((parameter.shape[1] - prefix) ** 0.5)
+                parameter.data[0, prefix:] = 0.5 * sincos_table(side, frame, parameter.shape[-1])
     return model
 
 

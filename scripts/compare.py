@@ -36,6 +36,8 @@ SYSTEMS = [
     System("plain 14x14", "deit_nano"),
     System("plain 7x7", "deit_nano", ["--model-kwargs", "patch_size=8"]),
     System("plain 7x7, half size", "deit_nano", ["--model-kwargs", "img_size=28"]),
+    System("EViT 14x14, keep 0.7", "evit_deit_nano", ["--fuse_token"]),
+    System("EViT 7x7, keep 0.7", "evit_deit_nano", ["--fuse_token", "--model-kwargs", "patch_size=8"]),
     System("LF-ViT", "lf_deit_nano", TWO_STAGE),
     System("CF-ViT, DeiT", "cf_deit_nano", TWO_STAGE),
     System("CF-ViT, LV-ViT", "cf_lvvit_nano", TWO_STAGE),

@@ -88,7 +88,8 @@ def check_outputs(stem: str) -> None:
 def published_shapes(name: str) -> dict[str, list[int]]:
     """Names and shapes of a published state dict."""
     manifest = json.loads((VECTORS / f"manifest_{name}.json").read_text())
-    return {key: entry["shape"] for key, entry in manifest["state_dict"].items()}
+    entries = manifest["state_dict"].items()
+    return {key: entry["shape"] if isinstance(entry, dict) else entry for key, entry in entries}
 
 
 def run(*argv: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
