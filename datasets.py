@@ -1,5 +1,6 @@
-"""Image folders, CIFAR and iNaturalist as training and evaluation loaders. Nothing here knows a method."""
+"""Image folders, CIFAR, iNaturalist and archives as loaders. Nothing here knows a method."""
 
+import argparse
 import json
 import logging
 import math
@@ -15,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from archives import Lmdb, Shards, load_image
+from hugging_face import HuggingFace
 from models.token_labels import label_path, load_label
 
 DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "CIFAR100", "INAT", "INAT19")
@@ -25,19 +28,6 @@ INAT_CATEGORIES = ("name", "kingdom", "phylum", "class", "order", "supercategory
 DATA_CONFIG = dict(
     mean=list(IMAGENET_DEFAULT_MEAN), std=list(IMAGENET_DEFAULT_STD), crop_pct=0.875, interpolation="bicubic"
 )
-
-
-def load_image(path: str | Path) -> Image.Image:
-    """Reads an RGB image.
-
-    Raises:
-        ValueError: the file is not a readable image.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:  # PIL raises many kinds of exception on a broken file
-        raise ValueError(f"cannot read image {path} ({error}); repair or remove it") from error
 
 
 class Folder(ImageFolder):
@@ -166,25 +156,39 @@ def build_dataset(
     classes: list[str] | None = None,
     category: str = "name",
     download: bool = False,
+    use_lmdb: bool = False,
 ) -> Dataset:
     """One split of a data set, with its class names as `classes`.
 
     Args:
-        data_set: one of DATA_SETS; IMNET is any folder tree root/split/class/image, CIFAR is CIFAR-100.
-        root: the data folder.
+        data_set: one of DATA_SETS; IMNET is any folder tree root/split/class/image, CIFAR is CIFAR-100. Or
+            wds/NAME, hfds/NAME as timm.data.create_dataset takes them.
+        root: the data folder, see archives.Shards and hugging_face.HuggingFace for theirs.
         split: "train", "val" or another folder name; `validation` and `test` stand in for a missing `val`.
         transform: from image to model input.
-        classes: class names in the model's order (folders only); default: the folders in sorted order.
+        classes: class names in the model's order (folders and archives); default: the folders in sorted
+            order, or the archive's own.
         category: iNaturalist: the level of the taxonomy that is the class.
         download: CIFAR: fetch it if it is not there.
+        use_lmdb: IMNET: read root/split.lmdb instead of the folders.
 
     Raises:
         FileNotFoundError: the folder, the split or its images are not there.
-        ValueError: the data set is unknown, or a class folder is.
+        ValueError: the data set is unknown, or a class folder is, or an archive cannot be read.
     """
     root = Path(root)
+    names = [split] + (["validation", "test"] if split == "val" else [])
+    kind, _, name = data_set.partition("/")
+    if use_lmdb:
+        if data_set != "IMNET":
+            raise ValueError(f"--use-lmdb goes with --data-set IMNET, not with {data_set}")
+        files = [root / f"{name}.lmdb" for name in names]
+        return Lmdb(next((file for file in files if file.is_file()), files[0]), transform, classes)
+    if kind == "wds":
+        return Shards(root, names, transform, classes)
+    if kind == "hfds":
+        return HuggingFace(name, root, names, transform, classes)
     if data_set == "IMNET":
-        names = [split] + (["validation", "test"] if split == "val" else [])
         found = [root / name for name in names if (root / name).is_dir()]
         if not found:
             raise FileNotFoundError(
@@ -202,6 +206,13 @@ def build_dataset(
     if data_set in ("INAT", "INAT19"):
         return INaturalist(root, 2018 if data_set == "INAT" else 2019, split, category, transform)
     raise ValueError(f"unknown data set {data_set!r}: take one of {', '.join(DATA_SETS)}")
+
+
+def data_set_name(text: str) -> str:
+    """A value of --data-set; argparse tells the error."""
+    if text in DATA_SETS or text.startswith(("wds/", "hfds/")):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(DATA_SETS)}, wds/NAME, hfds/NAME")
 
 
 def check_classes(dataset: Dataset, num_classes: int) -> None:

@@ -9,28 +9,29 @@ import csv
 import os
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 
 import datasets
 import utils
-from engine import Precision, cascade, early_exit, predict, time_pass
-from models import Adaptive
-from models.cost import exit_gflops
-from models.exits import Predictions, budget_threshold, confidence, operating_points, uniform_thresholds
+from budgets import SOLVERS, mode_budget, mode_solve, stored_thresholds, with_last
+from engine import cascade, early_exit
+from models.cost import exit_gflops, token_gflops
+from models.exits import confidence, operating_points, uniform_thresholds
 from models.selection import bounding_box
-from models.weights import baseline_model, model_from_checkpoint
+from models.thresholds import NEVER
+from models.weights import baseline_model
+from session import Session, open_session, show, show_exits, store
+from speed import time_pass
 from utils import log
 
 MODES = {
     0: "accuracy of each exit",
-    1: "threshold sweep",
+    1: "the checkpoint's thresholds, or a sweep over thresholds",
     2: "early exit at --threshold, timed",
     3: "stored results",
 }
@@ -50,7 +51,14 @@ def make_parser() -> argparse.ArgumentParser:
         help="; ".join(f"{k} {v}" for k, v in MODES.items()),
     )
     add("--data_url", "--data-path", default="./data", metavar="DIR", help="data folder")
-    add("--data-set", default="IMNET", choices=datasets.DATA_SETS)
+    add(
+        "--data-set",
+        default="IMNET",
+        type=datasets.data_set_name,
+        metavar="NAME",
+        help=f"{', '.join(datasets.DATA_SETS)}, wds/NAME or hfds/NAME",
+    )
+    add("--use-lmdb", action="store_true", help="read DIR/SPLIT.lmdb, see scripts/folder2lmdb.py")
     add("--inat-category", default="name", choices=datasets.INAT_CATEGORIES)
     add("--split", default="val", help="folder of the data set to evaluate on")
     add("--batch_size", "--batch-size", type=int, default=64)
@@ -59,12 +67,27 @@ def make_parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=3, help="mode 2: timed passes over the data")
     add("--warmup", type=int, default=3, help="mode 2: untimed batches before each pass")
     add("--baseline", metavar="MODEL", help="mode 2: time this model, unexited, on the same images in turn")
+    add("--sweep", action="store_true", help="mode 1: sweep even if the checkpoint has thresholds")
     add("--budget", type=float, metavar="GFLOPS", help="find the threshold for this mean cost")
+    add(
+        "--solve",
+        choices=SOLVERS,
+        help="find and store thresholds of 59 budgets (with --budget: joint only, of one): "
+        + "; ".join(f"{name}: {text}" for name, text in SOLVERS.items()),
+    )
+    add(
+        "--vary",
+        nargs="+",
+        metavar=("NAME", "VALUE"),
+        help="evaluate at several values of keep_rate (EViT) or gate_center (A-ViT) and store the curve",
+    )
     add(
         "--calibration",
         metavar="SPLIT",
-        help="--budget: find it on this split; default: on every other image of --split, tested on the rest",
+        help="--budget, --solve: find them on this split; default: on every other image of --split, and"
+        " test on the rest",
     )
+    add("--calibration-images", type=int, default=50000, help="at most so many of them, drawn at random")
     add("--boxes", metavar="CSV", help="mode 0: object boxes; reports how much of them the region covers")
     add("--images", metavar="PATH", help="predict on an image or a folder of unlabelled images")
     add("--output", metavar="CSV", help="--images: where the table goes; default: standard output")
@@ -72,114 +95,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", help="default: cuda if there is one, else cpu")
     add("--amp", default="none", choices=("none", "fp16", "bf16"), help="autocast")
     return parser
-
-
-class Session(NamedTuple):
-    """A loaded model with everything the modes need."""
-
-    args: argparse.Namespace
-    context: utils.Context
-    checkpoint: dict[str, Any]
-    model: Adaptive
-    config: dict[str, Any]
-    precision: Precision
-    gflops: list[float]
-
-    def dataset(self, split: str) -> Dataset:
-        dataset = datasets.build_dataset(
-            self.args.data_set,
-            self.args.data_url,
-            split,
-            datasets.eval_transform(self.model.img_size, self.config),
-            self.checkpoint.get("class_names"),
-            self.args.inat_category,
-        )
-        datasets.check_classes(dataset, self.model.num_classes)
-        return dataset
-
-    def loader(self, dataset: Dataset) -> DataLoader:
-        context, pinned = self.context, self.context.device.type == "cuda"
-        workers = self.args.num_workers
-        return datasets.eval_loader(
-            dataset, self.args.batch_size, workers, context.rank, context.world, pin_memory=pinned
-        )
-
-    def predict(
-        self, dataset: Dataset, on_batch: Callable[[Tensor, list], None] | None = None
-    ) -> Predictions:
-        """All exits on a labelled data set, with a progress bar."""
-        loader = self.loader(dataset)
-        with utils.progress(len(loader.dataset), shown=self.context.is_main) as bar:
-
-            def seen(images: Tensor, outputs: list) -> None:
-                bar.update(len(images))
-                if on_batch:
-                    on_batch(images, outputs)
-
-            return predict(self.model, loader, self.precision, seen)
-
-    def thresholds(self) -> list[float]:
-        return [self.args.threshold] * (self.model.num_exits - 1)
-
-
-def open_session(args: argparse.Namespace, context: utils.Context) -> Session:
-    checkpoint = utils.load_checkpoint(args.checkpoint_path)
-    stores = not (args.results or args.images or args.budget is not None)
-    if stores and not isinstance(utils.read_file(Path(args.checkpoint_path)).get("model"), dict):
-        raise ValueError(f"{args.checkpoint_path} takes no results: name a JSON file for them with --results")
-    model, name, _ = model_from_checkpoint(
-        checkpoint, args.checkpoint_path, args.model, utils.model_arguments(args), args.use_ema
-    )
-    gflops = exit_gflops(model)
-    check_flops(utils.Results.of(checkpoint).flops, gflops)
-    model.to(context.device).eval()
-    config = datasets.data_config(model.recipe, checkpoint)
-    return Session(args, context, checkpoint, model, config, Precision.of(context.device, args.amp), gflops)
-
-
-def check_flops(stored: list[float] | None, counted: list[float]) -> None:
-    """Warns where a checkpoint's GFLOPs are not what the code runs."""
-    if stored is None:
-        return
-    if len(stored) != len(counted) or any(
-        abs(s - c) > 0.01 * c for s, c in zip(stored, counted, strict=False)
-    ):
-        said, found = (", ".join(f"{value:.3f}" for value in values) for values in (stored, counted))
-        log.warning("warning: the checkpoint says %s GFLOPs, counted are %s; the count is used", said, found)
-
-
-def show(title: str, header: list[str], rows: list[list[Any]]) -> None:
-    """Prints a table."""
-    print(f"\n{title}\n{tabulate(rows, header, floatfmt='.4g')}")
-
-
-def store(session: Session, results: utils.Results, extra: dict[str, Any]) -> None:
-    """Merges results into the checkpoint, or writes them with `extra` to --results."""
-    args = session.args
-    if not session.context.is_main:
-        return
-    if args.results:
-        path = Path(args.results)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        old = utils.load_json(path) if path.exists() else {}
-        utils.save_json(old | results.known() | extra, path)
-        log.info("results written to %s", path)
-    elif results.known():
-        utils.add_to_checkpoint(Path(args.checkpoint_path), results.known())
-        log.info("results written into %s", args.checkpoint_path)
-
-
-def show_exits(session: Session, predictions: Predictions) -> list[float]:
-    """Prints accuracy and cost of every exit; returns the top-1 accuracies."""
-    found = predictions.summary()
-    accuracy = [found[f"exit{k}_acc1"] for k in range(session.model.num_exits)]
-    rows = [
-        [stage, session.gflops[k], accuracy[k], found[f"exit{k}_acc5"]]
-        for k, stage in enumerate(session.model.stage_names)
-    ]
-    if session.context.is_main:
-        show("all images to one exit", ["exit", "GFLOPs", "top-1 %", "top-5 %"], rows)
-    return accuracy
 
 
 class Coverage:
@@ -242,21 +157,46 @@ def mode_exits(session: Session) -> None:
 
 
 def mode_sweep(session: Session) -> None:
-    """Mode 1: thresholds 0.00, 0.01, ... 1.00 from one pass over the data."""
+    """Mode 1: the checkpoint's thresholds, or 0.00, 0.01, ... 1.00 for all exits, from one pass over the
+    data."""
+    stored = None if session.args.sweep else stored_thresholds(session)
+    thresholds = uniform_thresholds(101, session.model.num_exits) if stored is None else stored
     predictions = session.predict(session.dataset(session.args.split))
     accuracy = show_exits(session, predictions)
-    thresholds = uniform_thresholds(101, session.model.num_exits)
     curve = operating_points(predictions, thresholds, session.gflops)
     if session.context.is_main:
-        rows = [
-            [f"{t / 100:.2f}", curve.gflops[t].item(), curve.accuracy[t].item()]
-            + [100 * share for share in curve.shares[t].tolist()]
-            for t in range(0, 101, 5)
-        ]
+        rows = []
+        for at in range(0, len(thresholds), 4 if len(thresholds) == 59 else 5):
+            levels = ["never" if t >= NEVER else f"{t:.2f}" for t in thresholds[at].tolist()]
+            same = len(set(levels)) <= 1
+            rows.append([" ".join(levels[:1] if same else levels), curve.gflops[at].item()])
+            rows[-1] += [curve.accuracy[at].item(), *(100 * share for share in curve.shares[at].tolist())]
         leaving = [f"{stage} %" for stage in session.model.stage_names]
-        show("early exit by threshold", ["threshold", "mean GFLOPs", "top-1 %", *leaving], rows)
+        title = "early exit by threshold" if stored is None else "early exit at the checkpoint's thresholds"
+        show(title, ["threshold", "mean GFLOPs", "top-1 %", *leaving], rows)
     budgeted = [curve.gflops.tolist(), curve.accuracy.tolist()]
-    store(session, utils.Results(session.gflops, accuracy, budgeted), {})
+    store(session, utils.Results(session.gflops, accuracy, budgeted, with_last(thresholds)), {})
+
+
+def mode_vary(session: Session) -> None:
+    """--vary: one operating point per value of what the model lets change after training."""
+    model, (name, *values) = session.model, session.args.vary
+    if name not in model.knobs:
+        told = f"it takes {', '.join(model.knobs)}" if model.knobs else "this model has nothing to vary"
+        raise ValueError(f"--vary {name}: {told}")
+    dataset, rows = session.dataset(session.args.split), []
+    for value in map(float, values):
+        setattr(model, name, value)
+        predictions = session.predict(dataset)
+        cost = (
+            exit_gflops(model)[-1] if predictions.gflops is None else predictions.gflops[:, -1].mean().item()
+        )
+        rows.append([value, cost, predictions.summary()[f"exit{model.num_exits - 1}_acc1"]])
+    if session.context.is_main:
+        show(f"{name} after training", [name, "mean GFLOPs", "top-1 %"], rows)
+    _, costs, accuracy = zip(*rows, strict=True)
+    results = utils.Results(budgeted_batch_classification=[list(costs), list(accuracy)])
+    store(session, results, {"varied": {name: [row[0] for row in rows]}})
 
 
 def mode_timed(session: Session) -> None:
@@ -294,6 +234,8 @@ def mode_timed(session: Session) -> None:
     *left, right = utils.sum_over_ranks(tally).tolist()
     shares, accuracy = [count / sum(left) for count in left], 100 * right / sum(left)
     mean_gflops = sum(share * cost for share, cost in zip(shares, session.gflops, strict=True))
+    if model.cost_varies:
+        mean_gflops = session.predict(loader.dataset.dataset).gflops.mean().item()
     rows = [["early exit", mean_gflops, *speeds(ours, session.context)]]
     if plain:
         rows.append([args.baseline, baseline_gflops, *speeds(theirs, session.context)])
@@ -340,31 +282,6 @@ def describe(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def mode_budget(session: Session) -> None:
-    """--budget: a threshold from one half of the data, or from another split, tried on the rest."""
-    args = session.args
-    tested = session.dataset(args.split)
-    if args.calibration:
-        calibration = session.dataset(args.calibration)
-    else:
-        calibration, tested = (Subset(tested, range(first, len(tested), 2)) for first in (0, 1))
-    if min(len(calibration), len(tested)) == 0:
-        raise ValueError("--budget needs images to calibrate on and others to test on: there is only one")
-    known = session.predict(calibration)
-    threshold = budget_threshold(known, session.gflops, args.budget)
-    new = session.predict(tested)
-    rows, found = [], {"budget": args.budget, "threshold": threshold}
-    for title, predictions in (("calibration", known), ("test", new)):
-        row = torch.full((1, session.model.num_exits - 1), threshold)
-        curve = operating_points(predictions, row, session.gflops)
-        rows.append([title, len(predictions.correct), curve.gflops.item(), curve.accuracy.item()])
-        found[title] = {"mean_gflops": curve.gflops.item(), "accuracy": curve.accuracy.item()}
-    if session.context.is_main:
-        header = ["split", "images", "mean GFLOPs", "top-1 %"]
-        show(f"budget {args.budget} GFLOPs: threshold {threshold:.4f}", header, rows)
-    store(session, utils.Results(), {"budget": found})
-
-
 def mode_images(session: Session) -> None:
     """--images: one line of CSV per picture."""
     args, model = session.args, session.model
@@ -379,6 +296,9 @@ def mode_images(session: Session) -> None:
         for step in steps:
             sure, best = confidence(step.output.logits).tolist(), step.output.logits.argmax(dim=-1).tolist()
             info, regions = step.output.info, None
+            costs = [session.gflops[step.exit]] * len(best)
+            if "tokens" in info:
+                costs = token_gflops(model, info["tokens"]).tolist()
             if "kept" in info:  # without a region of its own: the box around the refined patches
                 regions = info.get("region", bounding_box(info["kept"], model.img_size // model.patch_size))
             for at, row in enumerate(step.rows.tolist()):
@@ -389,7 +309,7 @@ def mode_images(session: Session) -> None:
                     region = dataset.in_original(int(numbers[row]), region, model.img_size, session.config)
                     box = " ".join(map(str, region))
                 found[row] = [label, f"{sure[at]:.4f}", model.stage_names[step.exit]]
-                found[row] += [f"{session.gflops[step.exit]:.4f}", box]
+                found[row] += [f"{costs[at]:.4f}", box]
         lines += [(number, cells) for number, cells in zip(numbers.tolist(), found, strict=True)]
     merged = sorted(line for part in utils.gather(lines) for line in part)
     if not session.context.is_main:
@@ -427,10 +347,17 @@ def mode_stored(args: argparse.Namespace) -> None:
 def main() -> None:
     args = make_parser().parse_args()
     utils.check_range("--threshold", args.threshold, 0, 1)
-    for name in ("batch_size", "repeats"):
+    for name in ("batch_size", "repeats", "calibration_images"):
         utils.check_range(f"--{name}", getattr(args, name), 1)
     if args.budget is not None:
         utils.check_range("--budget", args.budget, 0)
+        if args.solve == "geometric":
+            raise ValueError("--budget goes with --solve joint: geometric shares are not made for one budget")
+    if args.vary:
+        try:
+            list(map(float, args.vary[1:]))[0]
+        except (ValueError, IndexError) as error:
+            raise ValueError("--vary takes a name and numbers, as --vary keep_rate 0.5 0.7 1") from error
     for name in ("output", "results"):
         path = getattr(args, name)
         if (
@@ -443,13 +370,17 @@ def main() -> None:
             raise FileNotFoundError(f"--{name} {path}: name a file in a folder that exists")
     context = utils.start(args.device)
     utils.start_logging(context)
-    if args.eval_mode == 3 and not args.images and args.budget is None:
+    if args.eval_mode == 3 and not (args.images or args.solve or args.vary) and args.budget is None:
         return mode_stored(args) if context.is_main else None
     session = open_session(args, context)
     if args.images:
         mode_images(session)
     elif args.budget is not None:
         mode_budget(session)
+    elif args.solve:
+        mode_solve(session)
+    elif args.vary:
+        mode_vary(session)
     else:
         (mode_exits, mode_sweep, mode_timed)[args.eval_mode](session)
 

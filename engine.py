@@ -4,7 +4,6 @@ Nothing here knows a method: a model is a chain of stages with one output per ex
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from datasets import Shard, to_device
 from models import Adaptive, StageOutput
+from models.cost import token_gflops
 from models.exits import Predictions, confidence
 from utils import MainError, sum_over_ranks
 
@@ -169,7 +169,7 @@ def train_one_epoch(
         on_step: called with the step, the number of images, and the losses and schedules of every batch.
 
     Returns:
-        Means over the epoch and all processes: `lr`, `loss` and each of its terms.
+        Means over the epoch and all processes: `lr`, `loss`, each of its terms and the model's statistics.
 
     Raises:
         MainError: the loss is not finite; the weights are those before the bad batch.
@@ -192,12 +192,14 @@ def train_one_epoch(
         last = step == first + group - 1
         with nullcontext() if last or not parallel else model.no_sync():
             with precision.autocast():
-                terms = own.loss(model(images), target, criterion)
+                outputs = model(images)
+                terms = own.loss(outputs, target, criterion)
                 loss = torch.stack(list(terms.values())).sum()
             update.scaler.scale(loss / group).backward()
         # Read after the backward pass is under way, so that a GPU does not wait, and before the update.
-        values = mean_over_ranks(torch.stack([loss, *terms.values()]).detach().float())
-        losses = dict(zip(["loss", *terms], values.tolist(), strict=True))
+        shown = {"loss": loss, **terms, **own.statistics(outputs)}
+        values = mean_over_ranks(torch.stack([value.detach().float() for value in shown.values()]))
+        losses = dict(zip(shown, values.tolist(), strict=True))
         if not math.isfinite(losses["loss"]):
             raise MainError(
                 f"the loss is {losses['loss']} at epoch {epoch}, step {step}; weights were not updated"
@@ -244,7 +246,7 @@ def predict(
         on_batch: called with this process's images and outputs.
     """
     model.eval()
-    rows = []
+    rows, own_costs = [], False
     for batch in loader:
         images, target = precision.place(batch)
         with precision.autocast():
@@ -255,68 +257,17 @@ def predict(
         loss = F.cross_entropy(
             logits.transpose(1, 2), target[:, None].expand(-1, len(outputs)), reduction="none"
         )
-        rows.append(
-            torch.stack([confidence(logits), best[..., 0], best.any(dim=-1), loss], dim=-1)
-        )  # [B,E,4]
+        cost = torch.zeros_like(loss)  # [B,E]
+        for k, out in enumerate(outputs):
+            if "tokens" in out.info:
+                cost[:, k], own_costs = token_gflops(model, out.info["tokens"]), True
+        columns = [confidence(logits), best[..., 0], best.any(dim=-1), loss, cost]
+        rows.append(torch.stack(columns, dim=-1))  # [B,E,5]
     shard: Shard = loader.dataset
-    table = torch.zeros(shard.total, model.num_exits, 4, device=precision.device)
+    table = torch.zeros(shard.total, model.num_exits, 5, device=precision.device)
     if rows:
         table[shard.rank :: shard.world] = torch.cat(rows)
     if shard.world > 1:
         table = sum_over_ranks(table)
-    first, best, best5, loss = table.cpu().unbind(-1)
-    return Predictions(first, best.bool(), best5.bool(), loss)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-class Timing(NamedTuple):
-    """One pass over a loader.
-
-    Attributes:
-        images: how many were seen.
-        model: seconds inside the model.
-        total: seconds in all, loading and transfer included.
-        outputs: what the model's runs returned, batch by batch.
-    """
-
-    images: int
-    model: float
-    total: float
-    outputs: list[Tensor]
-
-    def rates(self) -> tuple[float, float]:
-        """Images per second inside the model and in all; 0 for an empty pass."""
-        return (self.images / self.model, self.images / self.total) if self.images else (0.0, 0.0)
-
-
-def time_pass(
-    run: Callable[[Tensor, Tensor], Tensor], loader: DataLoader, device: torch.device, warmup: int
-) -> Timing:
-    """Times `run(images, target)` over a data set.
-
-    Args:
-        run: the work, on a batch that is on the device.
-        loader: of images and labels.
-        device: waited for before the clock is read.
-        warmup: untimed runs on the first batch.
-    """
-    seen, inside, outputs = 0, 0.0, []
-    for batch in loader:
-        for _ in range(warmup):
-            run(*to_device(batch, device))
-        break
-    synchronize(device)
-    start = time.perf_counter()
-    for batch in loader:
-        images, target = to_device(batch, device)
-        synchronize(device)
-        entered = time.perf_counter()
-        outputs.append(run(images, target))
-        synchronize(device)
-        inside += time.perf_counter() - entered
-        seen += len(images)
-    return Timing(seen, inside, time.perf_counter() - start, outputs)
+    first, best, best5, loss, cost = table.cpu().unbind(-1)
+    return Predictions(first, best.bool(), best5.bool(), loss, cost if own_costs else None)

@@ -28,25 +28,32 @@ from torch.utils.tensorboard import SummaryWriter
 import datasets
 import utils
 from engine import Precision, Update, predict, train_one_epoch
-from models import Adaptive, recipe_of
+from models import Adaptive, StageOutput, recipe_of
+from models.a_vit import model_from_name
 from models.exits import choose_exits, uniform_thresholds
 from models.token_labels import PairedTransform, token_targets
 from models.weights import create_model, initialise_from, load_weights, model_from_checkpoint
+from pictures import contact_sheet
+from speed import report_speed
 from utils import log
-from visualize import contact_sheet, explain
+from visualize import draw_classes, explain
 
 OnOff = argparse.BooleanOptionalAction
 # What a resumed run does not take over from its checkpoint.
 OF_ONE_RUN = (
     "data",
     "data_path",
+    "use_lmdb",
     "output_dir",
     "resume",
     "eval",
+    "demo",
     "device",
     "finetune",
     "download",
     "num_workers",
+    "test_speed",
+    "only_test_speed",
 )
 SHARES = ("drop_path", "hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "smoothing")
 SHARES += ("select_from", "coarse_only", "crop_pct", "model_ema_decay")
@@ -71,7 +78,14 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     add("data", nargs="?", metavar="DIR", help="another way to give --data-path")
     add("--data-path", "--data_url", metavar="DIR", help="folder with train/ and val/")
-    add("--data-set", default="IMNET", choices=datasets.DATA_SETS, help="IMNET is any tree of class folders")
+    add(
+        "--data-set",
+        default="IMNET",
+        type=datasets.data_set_name,
+        metavar="NAME",
+        help=f"{', '.join(datasets.DATA_SETS)}, wds/NAME or hfds/NAME; IMNET is any tree of class folders",
+    )
+    add("--use-lmdb", action="store_true", help="read DIR/train.lmdb, see scripts/folder2lmdb.py")
     add("--inat-category", default="name", choices=datasets.INAT_CATEGORIES)
     add("--token-label", action="store_true", help="train on token labels, for models that take them")
     add("--token-label-data", metavar="DIR", help="their folder, see scripts/make_token_labels.py")
@@ -142,6 +156,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output_dir", "--output", metavar="DIR", help="where checkpoints and logs go; default: nowhere")
     add("--resume", metavar="FILE", help="continue a run from its checkpoint")
     add("--eval", action="store_true", help="evaluate --resume and stop")
+    add("--demo", action="store_true", help="A-ViT: draw token depths by class with --finetune and stop")
+    add("--test_speed", "--test-speed", action="store_true", help="time the model on random images first")
+    add("--only_test_speed", "--only-test-speed", action="store_true", help="do that and stop; needs no data")
     add("--dist-eval", action=OnOff, default=True, help="share the evaluation out over the processes")
     add("--device", help="default: cuda if there is one, else cpu")
     add("--amp", nargs="?", const="fp16", default="auto", choices=AMP, help="auto: fp16 on CUDA")
@@ -175,12 +192,20 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
     """
     parser = make_parser()
     args = parser.parse_args(argv)
-    checkpoint = utils.load_checkpoint(args.resume) if args.resume else {}
-    recipe = recipe_of(args.model or checkpoint.get("model_name", ""))
+    source = args.resume or (args.finetune if args.demo else None)
+    checkpoint = utils.load_checkpoint(source) if source else {}
+    name = args.model or checkpoint.get("model_name", "")
+    if args.demo:
+        if not source:
+            raise ValueError("--demo needs the weights to draw with: --finetune FILE")
+        name = name or model_from_name(source)
+    recipe = recipe_of(name or "")
     saved = checkpoint.get("args") if isinstance(checkpoint.get("args"), dict) else {}
     saved = {key: value for key, value in saved.items() if key in vars(args) and key not in OF_ONE_RUN}
     parser.set_defaults(**(datasets.data_config(recipe, checkpoint) | recipe | saved))
     args = parser.parse_args(argv)
+    if args.demo:
+        args.model, args.resume = name, source
     if args.warmup_epochs is None:
         args.warmup_epochs = min(5, args.epochs / 10)
     for name in ("batch_size", "epochs", "accumulate", "print_freq", "save_freq"):
@@ -188,19 +213,19 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
     for name in SHARES:
         if getattr(args, name) is not None:
             utils.check_range(f"--{name.replace('_', '-')}", getattr(args, name), 0, 1)
-    if mixes(args) and args.batch_size % 2:
+    if mixes(args) and args.batch_size % 2 and not (args.only_test_speed or args.demo):
         raise ValueError(
             f"--batch-size {args.batch_size} is odd and mixup pairs images:"
             " take an even one, or --mixup 0 --cutmix 0"
         )
     args.data_path = args.data_path or args.data
-    if not args.data_path:
+    if not args.data_path and not args.only_test_speed:
         raise ValueError("no data: give the folder that holds train/ and val/ with --data-path DIR")
     if args.token_label and not args.token_label_data:
         raise ValueError("--token-label needs the folder of the labels: --token-label-data DIR")
-    if args.token_label and (args.data_set != "IMNET" or args.no_aug or mixes(args)):
+    if args.token_label and (args.data_set != "IMNET" or args.use_lmdb or args.no_aug or mixes(args)):
         raise ValueError(
-            "--token-label goes with --data-set IMNET, --mixup 0 and --cutmix 0, without --no-aug"
+            "--token-label goes with --data-set IMNET, --mixup 0 and --cutmix 0, without --no-aug, --use-lmdb"
         )
     if args.eval and not args.resume:
         raise ValueError("--eval needs the checkpoint to evaluate: --resume FILE")
@@ -367,8 +392,21 @@ class Run:
 def evaluate(model: nn.Module, loader, precision: Precision, prefix: str = "test_") -> dict[str, float]:
     """Accuracy and loss of every exit, and the share of images that three thresholds let go early."""
     model.set_epoch(math.inf)  # what is measured is what inference will do
-    predictions = predict(model, loader, precision)
+    sums: dict[str, float] = {"images": 0.0}
+
+    def add_statistics(images: torch.Tensor, outputs: list[StageOutput]) -> None:
+        sums["images"] += len(images)
+        for name, value in model.statistics(outputs).items():
+            sums[name] = sums.get(name, 0.0) + len(images) * value.item()
+
+    predictions = predict(model, loader, precision, add_statistics)
     entry = {prefix + name: value for name, value in predictions.summary().items()}
+    parts = utils.gather(sums)
+    images = sum(part["images"] for part in parts)
+    for name in sorted(parts[0].keys() - {"images"}):
+        entry[prefix + name] = sum(part.get(name, 0.0) for part in parts) / images
+    if predictions.gflops is not None:
+        entry[prefix + "gflops"] = predictions.gflops[:, -1].mean().item()
     thresholds = uniform_thresholds(11, model.num_exits)[[5, 7, 9]]  # 0.5, 0.7, 0.9
     for percent, exits in zip((50, 70, 90), choose_exits(predictions.confidence, thresholds), strict=True):
         for k in range(model.num_exits - 1):
@@ -389,10 +427,14 @@ def main() -> None:
 
     # Data and model; the number of classes comes from the training folders, or from the checkpoint.
     source = dict(
-        root=args.data_path, category=args.inat_category, download=args.download and context.is_local_main
+        root=args.data_path,
+        category=args.inat_category,
+        download=args.download and context.is_local_main,
+        use_lmdb=args.use_lmdb,
     )
+    dataless = args.eval or args.demo or args.only_test_speed
     with utils.main_first(context):
-        trainset = None if args.eval else datasets.build_dataset(args.data_set, split="train", **source)
+        trainset = None if dataless else datasets.build_dataset(args.data_set, split="train", **source)
     kwargs = model_kwargs(args, len(trainset.classes) if trainset else None)
     if checkpoint:
         model, name, kwargs = model_from_checkpoint(checkpoint, args.resume, args.model, kwargs)
@@ -400,6 +442,10 @@ def main() -> None:
         model, name = create_model(args.model, kwargs), args.model
     if args.finetune and not checkpoint:
         initialise_from(model, utils.load_checkpoint(args.finetune)["model"], args.finetune)
+    if (args.test_speed or args.only_test_speed) and context.is_main:
+        report_speed(model, name, precision, args.batch_size, folder)
+    if args.only_test_speed:
+        return
     classes = checkpoint.get("class_names") or (trainset.classes if trainset else None)
     valset = datasets.build_dataset(
         args.data_set,
@@ -411,10 +457,15 @@ def main() -> None:
     datasets.check_classes(valset, model.num_classes)
     model.to(context.device, memory_format=layout)
     loading = dict(workers=args.num_workers, pin_memory=args.pin_mem and context.device.type == "cuda")
-    share = (context.rank, context.world) if args.dist_eval else (0, 1)
+    share = (context.rank, context.world) if args.dist_eval and not args.demo else (0, 1)
     val_loader = datasets.eval_loader(
         valset, int(1.5 * args.batch_size), rank=share[0], world=share[1], **loading
     )
+    if args.demo:
+        if context.is_main:
+            target, thresholds = folder or Path("token_act_visualization"), [0.7] * (model.num_exits - 1)
+            draw_classes(model, val_loader, config, thresholds, target, valset.classes)
+        return
     if args.eval:
         for key, value in evaluate(model, val_loader, precision).items():
             log.info("%s %.3f", key, value)

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor
 from tqdm import tqdm
@@ -335,8 +336,12 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    """Saves a checkpoint atomically."""
-    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+    """Saves a checkpoint atomically; as .safetensors the weights and what JSON can hold beside them."""
+    if path.suffix != ".safetensors":
+        return write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+    weights = {name: value.contiguous() for name, value in checkpoint["model"].items()}
+    header = {HEADER: json.dumps({key: value for key, value in checkpoint.items() if key != "model"})}
+    write_atomically(path, lambda temporary: save_file(weights, temporary, header))
 
 
 def save_json(value: Any, path: Path) -> None:
@@ -360,13 +365,24 @@ def load_json(path: str | Path) -> dict[str, Any]:
     return found
 
 
+HEADER = "adaptive_vit"  # entry of a safetensors header: all of a checkpoint but its weights, as JSON
+
+
+def read_safetensors(path: Path) -> dict[str, Any]:
+    """A state dict, or a whole checkpoint if `save_checkpoint` wrote the file."""
+    with safe_open(path, "pt") as file:
+        header = (file.metadata() or {}).get(HEADER)
+    weights = load_file(path)
+    return json.loads(header) | {"model": weights} if header else weights
+
+
 def read_file(path: Path) -> dict[str, Any]:
     """A checkpoint file as it is; tensors on the CPU, no code run."""
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return read_safetensors(path)
         with torch.serialization.safe_globals(
             [argparse.Namespace]
         ):  # published files keep their arguments so

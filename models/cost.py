@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from models.vit import Adaptive
+from models.vit import Adaptive, AdaptiveViT
 
 # Operators without multiply-adds of note: element-wise work, reductions, sorting and the moving of data.
 CHEAP = {
@@ -22,7 +22,9 @@ CHEAP = {
     tanh max min amax argmax argsort sort topk cumsum ceil floor floor_divide remainder clamp where
     max_pool2d avg_pool2d relu_ silu silu_ hardswish hardswish_ hardtanh_ sqrt rsqrt roll
     gather scatter scatter_ unflatten tensor_split index index_select arange repeat expand_as pad ge gt le lt
-    eq ne bitwise_not
+    eq ne bitwise_not bitwise_and __and__ ones_like zeros_like
+    dropout_ im2col repeat_interleave reshape_as clamp_min cos sin
+    linalg_vector_norm col2im square hardsigmoid
     """.split()
 }
 
@@ -31,6 +33,11 @@ def attention_macs(inputs: list, outputs: list) -> Counter:
     """Multiply-adds of scaled_dot_product_attention: q k^T and its product with v."""
     q, k, v = (value.type().sizes() for value in inputs[:3])
     return Counter({"attention": prod(q[:-1]) * k[-2] * (q[-1] + v[-1])})
+
+
+def matmul_macs(inputs: list, outputs: list) -> Counter:
+    """Multiply-adds of a product of matrices; fvcore's own handle misses what the left one is broadcast over."""
+    return Counter({"matmul": prod(outputs[0].type().sizes()) * inputs[0].type().sizes()[-1]})
 
 
 class StageRunner(nn.Module):
@@ -57,6 +64,7 @@ def stage_gflops(model: Adaptive) -> list[float]:
             "ignore", FutureWarning
         )  # fvcore's focal loss, unused here, is a scripted function
         from fvcore.nn import FlopCountAnalysis  # imported here: only counting needs it
+        from fvcore.nn.jit_handles import elementwise_flop_counter
 
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
     training = model.training
@@ -66,6 +74,8 @@ def stage_gflops(model: Adaptive) -> list[float]:
     for k in range(model.num_exits):
         analysis = FlopCountAnalysis(StageRunner(model, k, list(info)), (image, *info.values()))
         analysis.set_op_handle("aten::scaled_dot_product_attention", attention_macs)
+        analysis.set_op_handle("aten::matmul", matmul_macs)
+        analysis.set_op_handle("aten::upsample_bicubic2d", elementwise_flop_counter(0, 16))  # 4 x 4 pixels
         analysis.tracer_warnings("none").unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         costs.append(analysis.total() / 1e9)
         if unknown := set(analysis.unsupported_ops()) - CHEAP:
@@ -75,6 +85,27 @@ def stage_gflops(model: Adaptive) -> list[float]:
         info = model.stage(k, image, info).info
     model.train(training)
     return costs
+
+
+def token_gflops(model: AdaptiveViT, tokens: Tensor) -> Tensor:
+    """GFLOPs of each image of a plain ViT that tokens leave between blocks (A-ViT), as `stage_gflops` counts.
+
+    Its `stage_gflops` are those of an image whose tokens all stay to the last block.
+
+    Args:
+        model: on any device.
+        tokens: [B,L] tokens that enter each block, the class token included: `info["tokens"]`.
+
+    Returns:
+        [B] float64.
+    """
+    n, dim = tokens.double(), model.embed_dim
+    layers = [[m.weight.numel() for m in b.modules() if isinstance(m, nn.Linear)] for b in model.blocks]
+    norms = 2 * 5 * dim  # fvcore counts 5 per element
+    per_token = n.new_tensor([sum(sizes) + norms for sizes in layers])  # [L]
+    patches = (model.img_size // model.patch_size) ** 2 * model.patch_embed.proj.weight.numel()
+    once = patches + 5 * dim + model.head.weight.numel()
+    return (once + (n * per_token + 2 * n**2 * dim).sum(dim=1)) / 1e9
 
 
 def exit_gflops(model: Adaptive) -> list[float]:

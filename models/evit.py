@@ -45,6 +45,8 @@ class EViT(AdaptiveViT):
         ValueError: the rate, a block number or an epoch is out of range.
     """
 
+    knobs = ("keep_rate",)
+
     def __init__(
         self,
         keep_rate: float = 0.7,

@@ -5,6 +5,7 @@ n images, E exits, T operating points; an image leaves at the first exit whose c
 threshold.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -25,12 +26,14 @@ class Predictions(NamedTuple):
         correct: [n,E] bool, whether the highest logit is the label's.
         correct5: [n,E] bool, whether the label is among the five highest logits.
         loss: [n,E] cross-entropy.
+        gflops: [n,E] what each image cost up to each exit, where that depends on the image.
     """
 
     confidence: Tensor
     correct: Tensor
     correct5: Tensor
     loss: Tensor
+    gflops: Tensor | None = None
 
     def summary(self) -> dict[str, float]:
         """Percentages and mean loss of each exit: exit0_acc1, exit0_acc5, exit0_loss, exit1_acc1, ..."""
@@ -65,13 +68,17 @@ class Curve(NamedTuple):
 
 
 def operating_points(predictions: Predictions, thresholds: Tensor, gflops: list[float]) -> Curve:
-    """What early exit gives at each row of thresholds [T,E-1]; `gflops` are cumulative, one per exit."""
+    """What early exit gives at each row of thresholds [T,E-1]; `gflops` are cumulative, one per exit.
+
+    The predictions' own costs, if there are any, take the place of `gflops`.
+    """
     exits = choose_exits(predictions.confidence, thresholds)
     correct = predictions.correct.T.gather(0, exits)  # [T,n]: row k of the transposed table is exit k
     shares = F.one_hot(exits, len(gflops)).double().mean(dim=1)
-    return Curve(
-        shares @ torch.tensor(gflops, dtype=torch.float64), 100 * correct.double().mean(dim=1), shares
-    )
+    cost = shares @ torch.tensor(gflops, dtype=torch.float64)
+    if predictions.gflops is not None:
+        cost = predictions.gflops.double().T.gather(0, exits).mean(dim=1)
+    return Curve(cost, 100 * correct.double().mean(dim=1), shares)
 
 
 def uniform_thresholds(count: int, exits: int) -> Tensor:
@@ -109,3 +116,38 @@ def budget_threshold(predictions: Predictions, gflops: list[float], budget: floa
         else:
             high = middle - 1
     return levels[low].item()
+
+
+def force_exits(confidence: Tensor, counts: list[int]) -> tuple[Tensor, list[float]]:
+    """Chooses images and thresholds so that exactly counts[k] of the images leave at exit k.
+
+    The images left out are those nearest to a threshold, so neither a tie nor rounding sends one elsewhere.
+
+    Args:
+        confidence: [n,E-1] of the early exits; the more n exceeds the sum of the counts, the wider the gaps.
+        counts: one per exit.
+
+    Returns:
+        Rows of the chosen images [sum(counts)] and a threshold per exit but the last.
+
+    Raises:
+        ValueError: too many images have the same confidence.
+    """
+    left, chosen, thresholds = torch.arange(len(confidence)), [], []
+    for k, count in enumerate(counts[:-1]):
+        later = sum(counts[k + 1 :])
+        order = left[confidence[left, k].argsort(descending=True)]
+        spare = (len(order) - count - later) // (len(counts) - 1 - k)
+        leave, left = order[:count], order[count + spare :]
+        chosen.append(leave)
+        if count == 0 or later == 0:
+            thresholds.append(0.0 if count else math.inf)
+            continue
+        low, high = confidence[leave, k].min(), confidence[left, k].max()
+        if not low > high:
+            raise ValueError(
+                f"exit {k} is equally sure of too many images ({low:.4g}): no share can be forced"
+            )
+        # The middle may round to the lower confidence, whose image has to stay.
+        thresholds.append(torch.nextafter((low + high) / 2, low).item())
+    return torch.cat([*chosen, left[: counts[-1]]]), thresholds

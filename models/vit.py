@@ -121,6 +121,9 @@ class Adaptive(nn.Module):
         stage_names: what the paper calls them.
         recipe: training options of the published recipe, as main_deit.py names them.
         token_labels: whether `loss` takes targets [B,K,1+P], one per patch of the full image.
+        cost_varies: whether an image's cost depends on it; then `info["tokens"]` [B,L] says how many tokens
+            entered each block.
+        knobs: attributes that may be set after training to trade accuracy for cost.
         varying_graph: whether some parameters take no part in some steps (DDP has to look for them).
     """
 
@@ -128,6 +131,8 @@ class Adaptive(nn.Module):
     stage_names: tuple[str, ...] = ("full",)
     recipe: dict[str, object] = {}
     token_labels: bool = False
+    cost_varies: bool = False
+    knobs: tuple[str, ...] = ()
     varying_graph: bool = False
 
     def stage(self, k: int, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:
@@ -153,6 +158,14 @@ class Adaptive(nn.Module):
 
     def schedules(self) -> dict[str, float]:
         """Values of these schedules that a log should show."""
+        return {}
+
+    def statistics(self, outputs: list[StageOutput]) -> dict[str, Tensor]:
+        """Scalars of a batch that a log should show beside the losses."""
+        return {}
+
+    def foreign_kwargs(self, source: str, args: dict[str, object]) -> dict[str, object]:
+        """Constructor arguments of published weights, from their file's name or its stored command line."""
         return {}
 
     def kept_patches(self, info: dict[str, Tensor]) -> list[Tensor]:

@@ -39,29 +39,42 @@ class OneStage(Adaptive):
         return StageOutput(self.model(images), {})
 
 
-def baseline_model(name: str, num_classes: int, img_size: int) -> Adaptive:
-    """A model to compare speed with, untrained: one of this project, or any of timm at the given image size.
+def baseline_model(
+    name: str, num_classes: int | None = None, img_size: int | None = None, **kwargs: Any
+) -> Adaptive:
+    """A model to compare speed with, untrained: one of this project, or any of timm, in evaluation mode.
+
+    Args:
+        name: registered model.
+        num_classes: default: the model's own.
+        img_size: side of the images in pixels; default: the model's own.
+        kwargs: further constructor arguments.
 
     Raises:
-        ValueError: there is no such model, or it does not take images of this size.
+        ValueError: there is no such model, or it does not take images of this size or the arguments.
     """
     if not timm.is_model(name):
         raise ValueError(f"unknown model {name!r}")
-    model = timm.create_model(name, num_classes=num_classes)
-    if not isinstance(model, Adaptive):
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    try:
+        model = timm.create_model(name, **kwargs, **({} if img_size is None else {"img_size": img_size}))
+    except (TypeError, ValueError):  # a network that takes any size, or derives its own
         try:
-            sized = timm.create_model(name, num_classes=num_classes, img_size=img_size)
-        except TypeError:  # a convolutional network, which takes any size
-            sized = model
-        model = OneStage(sized, img_size).eval()
+            model = timm.create_model(name, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"{name}: {str(error).split('__init__() ')[-1]}") from error
+    if not isinstance(model, Adaptive):
+        side = img_size or kwargs.get("img_size", model.pretrained_cfg["input_size"][-1])
+        model = OneStage(model, side).eval()
         try:
             with torch.no_grad():
-                model(torch.zeros(1, 3, img_size, img_size))
+                model(torch.zeros(1, 3, side, side))
         except (AssertionError, RuntimeError) as error:
-            raise ValueError(f"{name} takes no images of {img_size} pixels ({error})") from error
-    if model.img_size != img_size:
+            raise ValueError(f"{name} takes no images of {side} pixels ({error})") from error
+    if img_size not in (None, model.img_size):
         raise ValueError(f"{name} takes images of {model.img_size} pixels, not {img_size}")
-    return model
+    return model.eval()
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -85,6 +98,17 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> Non
         parts += [f"has {len(unknown)} unknown ones ({unknown[0]}, ...)"] if unknown else []
         raise ValueError(f"{source} is of another model: it {' and '.join(parts)}")
     model.load_state_dict(state)
+
+
+def foreign_kwargs(name: str | None, checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
+    """Constructor arguments that a published file tells by its name or its stored command line."""
+    if not name or not timm.is_model(name):
+        return {}
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    stored = checkpoint.get("args")
+    args = stored if isinstance(stored, dict) else vars(stored) if stored is not None else {}
+    return model.foreign_kwargs(source, args) if isinstance(model, Adaptive) else {}
 
 
 def model_from_checkpoint(
@@ -113,9 +137,13 @@ def model_from_checkpoint(
     weights = checkpoint.get("model_ema") if use_ema else checkpoint["model"]
     if weights is None:
         raise ValueError(f"{source} holds no averaged weights (model_ema); leave --use-ema out")
-    kwargs = checkpoint.get("model_kwargs", {}) | kwargs
-    if "num_classes" not in kwargs and (head := weights.get("head.weight")) is not None:
-        kwargs["num_classes"] = len(head)
+    if "model_kwargs" in checkpoint:
+        kwargs = checkpoint["model_kwargs"] | kwargs
+    else:
+        kwargs = foreign_kwargs(name or saved, checkpoint, source) | kwargs
+    heads = [value for key, value in weights.items() if key == "head.weight" or key.endswith(".head.weight")]
+    if heads:
+        kwargs.setdefault("num_classes", len(heads[0]))
     model = create_model(name or saved, kwargs)
     load_weights(model, weights, source)
     return model, name or saved, kwargs

@@ -440,6 +440,7 @@ def test_results_in_a_file_are_merged(
         "flops",
         "anytime_classification",
         "budgeted_batch_classification",
+        "dynamic_threshold",
         "timed",
     }
 
@@ -520,6 +521,46 @@ def test_budget_from_another_split(
     ended = command("dynamic_inference", *infer(1, folder, checkpoint), *options)
     rows = table_of(ended.out, "threshold")
     assert [row[:2] for row in rows[1:]] == [["calibration", "64"], ["test", "40"]]
+
+
+@pytest.mark.parametrize("solver", ["geometric", "joint"])
+def test_solved_thresholds_are_stored_and_used_again(
+    solver: str, command: Command, folder: Path, checkpoint: Path, answers: Answers
+) -> None:
+    """Solved on the even images and told on the odd ones; mode 1 then takes them, for all images."""
+    ended = command("dynamic_inference", *infer(1, folder, checkpoint), "--num_workers", 0, "--solve", solver)
+    assert ended.code == 0, ended.err
+    found = utils.load_checkpoint(checkpoint)
+    thresholds, last = torch.tensor(found["dynamic_threshold"]).unbind(1)
+    assert len(thresholds) == 59 and (last == -1e8).all()
+    even, odd = slice(0, None, 2), slice(1, None, 2)
+    shares = torch.arange(1, 60) / 20
+    wanted = (20 / (1 + shares)).floor()  # of the 20 calibration images, to leave early
+    if solver == "geometric":
+        early = (answers.confidence[even, 0] >= thresholds[:, None] - 1e-6).sum(dim=1)
+        assert torch.equal(early, wanted.long())
+    for row in (0, 20, 58):
+        level = thresholds[row].item() - 1e-6
+        if solver == "joint":
+            budget = answers.cost(
+                answers.confidence[even, 0].sort(descending=True).values[int(wanted[row]) - 1] - 1e-6, even
+            )
+            tried = [t.item() - 1e-6 for t in answers.confidence[even, 0]] + [1e8]
+            assert answers.accuracy(level, even) == max(
+                answers.accuracy(t, even) for t in tried if answers.cost(t, even) <= budget + 1e-9
+            )
+        gflops, accuracy = (column[row] for column in found["budgeted_batch_classification"])
+        assert gflops == pytest.approx(answers.cost(level, odd))
+        assert accuracy == pytest.approx(answers.accuracy(level, odd))
+    ended = command("dynamic_inference", *infer(1, folder, checkpoint), "--num_workers", 0)
+    assert "at the checkpoint's thresholds" in ended.out
+    again = utils.load_checkpoint(checkpoint)
+    assert again["dynamic_threshold"] == found["dynamic_threshold"]
+    cost = answers.cost(thresholds[20].item() - 1e-6, slice(None))
+    assert again["budgeted_batch_classification"][0][20] == pytest.approx(cost)
+    command("dynamic_inference", *infer(1, folder, checkpoint), "--num_workers", 0, "--sweep")
+    swept = torch.tensor(utils.load_checkpoint(checkpoint)["dynamic_threshold"])
+    torch.testing.assert_close(swept[:, 0], torch.linspace(0, 1, 101))
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 40])

@@ -374,6 +374,31 @@ def test_a_checkpoint_brings_its_rate_to_inference(
     assert len(rows) == 10 and all(row["exit"] == "full" and row["region"] == "" for row in rows)
 
 
+def test_one_checkpoint_is_tried_at_several_rates(
+    evit: Path, folder: Path, tmp_path: Path, command: Command
+) -> None:
+    infer = ["dynamic_inference", "--checkpoint_path", evit / "checkpoint.pth", "--data_url", folder]
+    infer += ["--num_workers", 0, "--device", "cpu"]
+    report = tmp_path / "report.json"
+    ended = command(*infer, "--vary", "keep_rate", 0.3, 0.5, 1, "--results", report)
+    assert ended.code == 0, ended.err
+    found = json.loads(report.read_text())
+    assert found["varied"] == {"keep_rate": [0.3, 0.5, 1.0]}
+    for rate, cost, accuracy in zip([0.3, 0.5, 1], *found["budgeted_batch_classification"], strict=True):
+        report.unlink(missing_ok=True)
+        # The rate set later is the rate built in, but for 1, which then drops nothing.
+        ended = command(*infer, "--eval-mode", 0, "--results", report, "--base_keep_rate", rate)
+        alone = json.loads(report.read_text())
+        assert alone["flops"] == [pytest.approx(cost)]
+        assert alone["anytime_classification"] == [pytest.approx(accuracy)]
+    for flags, said in (
+        (["gate_center", 3], "it takes keep_rate"),
+        (["keep_rate", "x"], "a name and numbers"),
+    ):
+        ended = command(*infer, "--vary", *flags)
+        assert ended.code == 2 and said in ended.err and ended.err.count("\n") == 1
+
+
 def test_pictures_show_what_stays_after_each_drop(
     evit: Path, folder: Path, tmp_path: Path, command: Command
 ) -> None:

@@ -1,0 +1,307 @@
+"""Data sets that come as archives: LMDB files and WebDataset's tar shards; hugging_face.py has one more.
+
+Each is read by index, as a folder is, so that shuffling, sharding and repeating are those of any other data
+set and every image is seen as often as it should be. Nothing is ever unpickled.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import struct
+import tarfile
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import lmdb
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.readers import create_reader
+from torch.utils.data import Dataset
+
+from utils import write_atomically
+
+log = logging.getLogger("adaptive-vit")
+
+
+def load_image(file: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
+    """Reads an RGB image.
+
+    Raises:
+        ValueError: the file is not a readable image; it is called `name`, or by its path.
+    """
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except Exception as error:  # PIL raises many kinds of exception on a broken file
+        raise ValueError(f"cannot read image {name or file} ({error}); repair or remove it") from error
+
+
+class Archive(Dataset):
+    """Encoded images by index, with their classes; yields (image, label).
+
+    Args:
+        source: what errors call the archive.
+        names: of its classes by number; where it has none, how many there are.
+        given: class names in the model's order; default: the archive's own.
+        transform: from image to model input.
+
+    Raises:
+        ValueError: the archive has classes that the model lacks.
+    """
+
+    def __init__(
+        self, source: str, names: list[str] | int, given: list[str] | None, transform: Callable | None
+    ):
+        self.source, self.transform = source, transform
+        if isinstance(names, int):  # the numbers are then taken to be those of the model
+            if given and names > len(given):
+                raise ValueError(f"{source} has {names} classes, but the model {len(given)}")
+            self.classes = given or [str(number) for number in range(names)]
+            self.numbers = list(range(names))
+        else:
+            self.classes = given or names
+            if unknown := sorted(set(names) - set(self.classes)):
+                raise ValueError(
+                    f"{source} has the class {unknown[0]!r}, which is not among the model's classes"
+                )
+            order = {name: number for number, name in enumerate(self.classes)}
+            self.numbers = [order[name] for name in names]
+
+    def record(self, index: int) -> tuple[bytes, int]:
+        """An image's file and its class number in the archive."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        data, label = self.record(index)
+        where = f"{self.source}, record {index}"
+        if not isinstance(label, int) or not 0 <= label < len(self.numbers):
+            raise ValueError(f"{where} has the label {label!r}: it must be 0 to {len(self.numbers) - 1}")
+        image = load_image(io.BytesIO(data), where)
+        return (self.transform(image) if self.transform else image), self.numbers[label]
+
+
+# LMDB. Keys are decimal indices, in the order of datasets.Folder, and these two:
+LENGTH, CLASSES = b"__len__", b"__classes__"  # plain ASCII; JSON list
+MAGIC, VERSION = b"IMGR", 1
+HEADER = struct.Struct("<4sIq")  # magic, version, label; the image's file follows
+
+environments: dict[str, tuple[int, lmdb.Environment]] = {}
+
+
+def pack(label: int, data: bytes) -> bytes:
+    """A record of an image's file and its class number."""
+    return HEADER.pack(MAGIC, VERSION, label) + data
+
+
+def environment(path: str) -> lmdb.Environment:
+    """The file opened for reading, once per process.
+
+    A handle must not be used in another process than its own, and the same file not be opened twice in one:
+    it is kept here, not in the data set, which can then be pickled and forked into workers as it is.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    process, found = environments.get(path, (None, None))
+    if process == os.getpid():
+        return found
+    if found:  # inherited through a fork: this closes the copy, not the parent's
+        found.close()
+    again = "convert the folder again with scripts/folder2lmdb.py"
+    try:
+        opened = lmdb.open(path, subdir=False, readonly=True, lock=False, readahead=False, meminit=False)
+    except lmdb.Error as error:
+        raise ValueError(f"{path} is not a readable LMDB file ({error}): {again}") from error
+    if (opened.info()["last_pgno"] + 1) * opened.stat()["psize"] > os.path.getsize(path):
+        opened.close()  # reading behind the end would kill the process
+        raise ValueError(f"{path} is cut off: copy it, or {again}")
+    environments[path] = os.getpid(), opened
+    return opened
+
+
+def entry(path: str, key: bytes) -> bytes | None:
+    """The value of a key, None if there is none; ValueError where the file is damaged."""
+    try:
+        with environment(path).begin() as transaction:
+            return transaction.get(key)
+    except lmdb.Error as error:
+        raise ValueError(f"{path}, key {key.decode()}: {error}; convert the folder again") from error
+
+
+class Lmdb(Archive):
+    """A split in one LMDB file, as scripts/folder2lmdb.py makes it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, of another kind, or has classes that the model lacks.
+    """
+
+    def __init__(self, path: str | Path, transform: Callable | None = None, classes: list[str] | None = None):
+        self.path = os.path.abspath(path)
+        if not os.path.isfile(self.path):
+            raise FileNotFoundError(f"no file {path}: make it with scripts/folder2lmdb.py")
+        first, length, names = (entry(self.path, key) for key in (b"0", LENGTH, CLASSES))
+        if first is None or length is None or names is None or not first.startswith(MAGIC):
+            raise ValueError(
+                f"{path} is of another layout, such as the pyarrow records of EViT's script:"
+                " convert the folder again with scripts/folder2lmdb.py"
+            )
+        self.length = int(length)
+        super().__init__(str(path), json.loads(names), classes, transform)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def record(self, index: int) -> tuple[bytes, int]:
+        value = entry(self.path, b"%d" % index)
+        if value is None or len(value) < HEADER.size or value[:4] != MAGIC:
+            raise ValueError(f"{self.source}, record {index} is missing or damaged: convert the folder again")
+        _, version, label = HEADER.unpack_from(value)
+        if version != VERSION:
+            raise ValueError(f"{self.source}, record {index} has version {version}, known is {VERSION}")
+        return value[HEADER.size :], label
+
+
+class Shards(Archive):
+    """WebDataset: tar files on disk with an image and a .cls or .json beside it per sample.
+
+    timm's reader streams them. It cannot give every image exactly once: workers get whole shards, a process
+    with the smaller ones repeats images, and evaluation on several processes leaves some out. So the reader
+    only says which shards are a split's, and the images are read by their places in them, which are looked up
+    once and kept in torch.hub's folder.
+
+    A split is one that the folder's _info.json lists, a pattern in timm's form (val-{000..003}.tar), or
+    SPLIT.tar, SPLIT-*.tar, SPLIT/*.tar. Class names are the lines of classes.txt, if that is there.
+    """
+
+    IMAGES = ("jpg", "jpeg", "png", "webp")
+
+    def __init__(
+        self,
+        root: Path,
+        names: list[str],
+        transform: Callable | None = None,
+        classes: list[str] | None = None,
+    ):
+        self.paths, key, wanted = find_shards(root, names)
+        places = places_of(self.paths, key)
+        for number, count in enumerate(wanted):
+            if (found := np.count_nonzero(places["shard"] == number)) != count:
+                raise ValueError(f"{self.paths[number]} holds {found} images and _info.json says {count}")
+        labelled = places["label"] >= 0  # timm leaves out a sample with -1 as well
+        self.places = {name: column[labelled] for name, column in places.items()}
+        if not len(self):
+            raise FileNotFoundError(f"no image in {self.paths[0]} and the other shards of {names[0]}")
+        largest = int(self.places["label"].max())
+        file = root / "classes.txt"
+        known = [line.strip() for line in file.read_text().splitlines()] if file.is_file() else []
+        if known and largest >= len(known):
+            raise ValueError(f"{file} has {len(known)} classes, and there is a label {largest}")
+        super().__init__(f"{root} ({names[0]})", known or largest + 1, classes, transform)
+
+    def __len__(self) -> int:
+        return len(self.places["label"])
+
+    def record(self, index: int) -> tuple[bytes, int]:
+        shard, offset, size, label = (int(self.places[name][index]) for name in PLACE)
+        with open(self.paths[shard], "rb") as file:
+            file.seek(offset)
+            return file.read(size), label
+
+
+PLACE = ("shard", "offset", "size", "label")
+
+
+def find_shards(root: Path, names: list[str]) -> tuple[list[Path], str, tuple[int, ...]]:
+    """Shards of a split, the key of its labels in .json files ("" for .cls), and how many images each holds.
+
+    The last is empty where nothing says so.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder {root}: wds/ reads shards on disk")
+    described = any((root / name).is_file() for name in ("_info.json", "info.json"))
+    reason = f"it needs an _info.json that lists them, or files {names[0]}-*.tar"
+    for name in names:
+        if described or "tar" in name or ".." in name:
+            if find_spec("webdataset") is None:
+                raise ValueError("--data-set wds/ needs the package webdataset: pip install webdataset")
+            try:
+                split = create_reader("wds/", root=str(root), split=name).split_info
+            except (RuntimeError, KeyError, TypeError) as error:
+                reason = str(error)
+                continue
+            return [root / file for file in split.filenames], split.alt_label, tuple(split.shard_lengths)
+        patterns = (f"{name}.tar", f"{name}[!a-z]*.tar", f"{name}/*.tar")
+        if found := sorted({path for pattern in patterns for path in root.glob(pattern)}):
+            return found, "", ()
+    raise FileNotFoundError(f"{root} has no shards of {names[0]}: {reason}")
+
+
+def places_of(paths: list[Path], key: str) -> dict[str, np.ndarray]:
+    """Shard, offset and size in bytes, and label of every image, int64 each; found once per set of files."""
+    if lost := [path for path in paths if not path.is_file()]:
+        raise FileNotFoundError(f"no shard {lost[0]}")
+    files = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    stamp = hashlib.sha256(json.dumps([1, key, files]).encode()).hexdigest()
+    kept = Path(torch.hub.get_dir()) / "shards" / f"{stamp}.npz"
+    if kept.is_file():
+        with np.load(kept) as found:
+            return dict(found)
+    log.info("looking up the images of %d shards, %s and on", len(paths), paths[0])
+    rows = [(number, *place) for number, path in enumerate(paths) for place in scan(path, key)]
+    places = dict(zip(PLACE, np.array(rows, np.int64).reshape(-1, len(PLACE)).T, strict=True))
+
+    def write(path: Path) -> None:
+        with open(path, "wb") as file:  # savez would give a path another ending
+            np.savez(file, **places)
+
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(kept, write)
+    except OSError as error:
+        log.info("their places are not kept for the next run: %s", error)
+    return places
+
+
+def scan(path: Path, key: str) -> Iterator[tuple[int, int, int]]:
+    """Offset, size and label of every image of a shard.
+
+    Members in a row that have one name up to the first dot are one sample.
+
+    Raises:
+        ValueError: the shard is damaged or compressed, or an image has no label, or a label no image.
+    """
+
+    def stem(member: tarfile.TarInfo) -> tuple[str, str]:
+        folder, _, name = member.name.rpartition("/")
+        return folder, name.partition(".")[0]
+
+    try:
+        with tarfile.open(path, "r:") as tar:
+            files = [member for member in tar if member.isfile()]
+            # tarfile takes a damaged header, and a file cut between two members, for the end.
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"cut off or damaged at byte {tar.offset}")
+            for (folder, name), members in groupby(files, stem):
+                parts = {m.name.rpartition("/")[2].partition(".")[2].lower(): m for m in members}
+                try:
+                    image = next(parts[kind] for kind in Shards.IMAGES if kind in parts)
+                    text = tar.extractfile(parts["json" if key else "cls"]).read()
+                    label = int(json.loads(text)[key] if key else text)
+                except (StopIteration, KeyError, ValueError, TypeError) as error:
+                    raise ValueError(
+                        f"{path}: sample {folder and folder + '/'}{name} needs an image"
+                        f" ({', '.join(Shards.IMAGES)}) and a class number in .{'json' if key else 'cls'}"
+                    ) from error
+                yield image.offset_data, image.size, label
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} is not a readable tar file without compression ({error})") from error

@@ -1,0 +1,298 @@
+"""Measured speed: work timed in turn, early exit at forced shares of the images, the largest batch that fits.
+
+Images are random, and the weights may be: what a network costs does not depend on them, except for the exit
+that an image takes. So thresholds follow from the confidences on these very images.
+"""
+
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from datasets import to_device
+from engine import Precision, cascade, early_exit
+from models import Adaptive
+from models.cost import exit_gflops
+from models.exits import confidence, force_exits
+from utils import log
+
+POOL = 50  # images over which a share of exits is counted: one batch of one image has no share
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Timing(NamedTuple):
+    """One pass over a loader.
+
+    Attributes:
+        images: how many were seen.
+        model: seconds inside the model.
+        total: seconds in all, loading and transfer included.
+        outputs: what the model's runs returned, batch by batch.
+    """
+
+    images: int
+    model: float
+    total: float
+    outputs: list[Tensor]
+
+    def rates(self) -> tuple[float, float]:
+        """Images per second inside the model and in all; 0 for an empty pass."""
+        return (self.images / self.model, self.images / self.total) if self.images else (0.0, 0.0)
+
+
+def time_pass(
+    run: Callable[[Tensor, Tensor], Tensor], loader: DataLoader, device: torch.device, warmup: int
+) -> Timing:
+    """Times `run(images, target)` over a data set.
+
+    Args:
+        run: the work, on a batch that is on the device.
+        loader: of images and labels.
+        device: waited for before the clock is read.
+        warmup: untimed runs on the first batch.
+    """
+    seen, inside, outputs = 0, 0.0, []
+    for batch in loader:
+        for _ in range(warmup):
+            run(*to_device(batch, device))
+        break
+    synchronize(device)
+    start = time.perf_counter()
+    for batch in loader:
+        images, target = to_device(batch, device)
+        synchronize(device)
+        entered = time.perf_counter()
+        outputs.append(run(images, target))
+        synchronize(device)
+        inside += time.perf_counter() - entered
+        seen += len(images)
+    return Timing(seen, inside, time.perf_counter() - start, outputs)
+
+
+class Work(NamedTuple):
+    """What is timed.
+
+    Attributes:
+        run: called with a batch.
+        batches: of images [B,3,S,S]; all of them are one pass, the least that is timed.
+    """
+
+    run: Callable[[Tensor], Any]
+    batches: list[Tensor]
+
+    def images(self) -> int:
+        return sum(map(len, self.batches))
+
+
+def elapsed(run: Callable[[Tensor], Any], batches: list[Tensor], passes: int, device: torch.device) -> float:
+    """Seconds of so many passes; the device is idle at both ends."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(passes):
+        for batch in batches:
+            run(batch)
+    synchronize(device)
+    return max(time.perf_counter() - start, 1e-9)
+
+
+def time_in_turn(
+    works: list[Work], device: torch.device, repeats: int, seconds: float, warmup: int
+) -> list[list[float]]:
+    """Images per second of several pieces of work, sampled in turn, so that what drifts hits all alike.
+
+    Args:
+        works: sampled in this order, `repeats` times over.
+        device: waited for before the clock is read.
+        repeats: samples of each.
+        seconds: least length of a sample, which is a whole number of passes.
+        warmup: untimed batches of each.
+
+    Returns:
+        One list of `repeats` rates per piece of work.
+    """
+    passes = []
+    for work in works:
+        for batch in islice(cycle(work.batches), warmup):
+            work.run(batch)
+        passes.append(math.ceil(seconds / elapsed(*work, 1, device)) or 1)
+    rates: list[list[float]] = [[] for _ in works]
+    for _ in range(repeats):
+        for work, count, found in zip(works, passes, rates, strict=True):
+            found.append(count * work.images() / elapsed(*work, count, device))
+    return rates
+
+
+def latencies(
+    work: Work, device: torch.device, calls: int = 100, seconds: float = 5.0
+) -> tuple[float, float]:
+    """Median and 99th percentile of single calls in milliseconds.
+
+    Over whole passes, until there are so many calls or so many seconds have gone by.
+    """
+    times: list[float] = []
+    while len(times) < calls and sum(times) < seconds:
+        times += [elapsed(work.run, [batch], 1, device) for batch in work.batches]
+    p50, p99 = np.percentile(times, [50, 99])
+    return 1000 * float(p50), 1000 * float(p99)
+
+
+def exit_work(
+    model: Adaptive, precision: Precision, batch_size: int, shares: list[float], seed: int = 0
+) -> Work:
+    """Early exit on random images of which these shares leave at each exit.
+
+    Args:
+        model: in evaluation mode, on the device of `precision`.
+        precision: device and autocast type.
+        batch_size: images per batch.
+        shares: one per exit, of sum 1; rounded to whole images of a pass.
+        seed: of the images.
+
+    Returns:
+        Its `run` gives logits [B,K] and the exits taken [B].
+
+    Raises:
+        ValueError: the confidences are too alike, see `force_exits`.
+    """
+    early = any(shares[:-1])
+    number = batch_size * math.ceil(POOL / batch_size) if early else batch_size
+    edges = [round(number * sum(shares[: k + 1])) for k in range(len(shares))]
+    counts = [high - low for low, high in zip([0, *edges], edges, strict=False)]
+    device, side = precision.device, model.img_size
+    generator = torch.Generator(device).manual_seed(seed)
+    images = torch.rand(2 * number if early else number, 3, side, side, device=device, generator=generator)
+    sure = torch.zeros(len(images), len(shares) - 1)
+    if early:
+        for part, cells in zip(images.split(batch_size), sure.split(batch_size), strict=True):
+            with precision.autocast():
+                steps = cascade(model, part, [math.inf] * (len(shares) - 1))
+                for k, step in enumerate(islice(steps, len(shares) - 1)):  # the last stage is not needed
+                    cells[:, k] = confidence(step.output.logits)
+    rows, thresholds = force_exits(sure, counts)
+    mixed = torch.randperm(number, generator=torch.Generator().manual_seed(seed))
+    (images,) = precision.place([images[rows[mixed].to(device)]])
+
+    def run(batch: Tensor) -> tuple[Tensor, Tensor]:
+        with precision.autocast():
+            return early_exit(model, batch, thresholds)
+
+    return Work(run, list(images.split(batch_size)))
+
+
+def largest_batch(run: Callable[[int], object], cap: int, first: int = 64) -> int:
+    """Largest batch size that runs, by doubling from `first`, or by halving where that is already too large.
+
+    Raises:
+        torch.OutOfMemoryError: not even one image fits.
+    """
+
+    def fits(batch_size: int) -> bool:
+        try:
+            run(batch_size)
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            torch.cuda.empty_cache()
+
+    size = min(first, cap)
+    while not fits(size):
+        if size == 1:
+            raise torch.OutOfMemoryError("not even one image fits")
+        size //= 2
+    while size < cap and fits(min(2 * size, cap)):
+        size = min(2 * size, cap)
+    return size
+
+
+def count_gflops(model: Adaptive, name: str) -> list[float] | None:
+    """Cumulative GFLOPs of each exit; None, and a line in the log, where they cannot be counted."""
+    try:
+        return exit_gflops(model)
+    except Exception as error:  # a counter that is not installed; tracing a foreign model raises anything
+        log.info("%s: GFLOPs are not counted (%s)", name, one_line(error))
+        return None
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error's message, shortened."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, or "CPU, <its name>"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return cpu_name() if device.type == "cpu" else device.type
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # other systems, other architectures
+        return platform.processor() or platform.machine()
+
+
+def dtype_name(precision: Precision) -> str:
+    return str(precision.dtype or torch.float32).removeprefix("torch.")
+
+
+def measure_model(
+    model: Adaptive, name: str, precision: Precision, batch_size: int, repeats: int = 5, seconds: float = 0.5
+) -> dict[str, Any]:
+    """Speed of a model with all its stages on one batch of uniform random images; no data set is needed.
+
+    Returns:
+        What a line of speed_macs.txt holds: `gflops` is the cost of the last exit, `exit_gflops` that of all.
+    """
+    training = model.training
+    model.to(precision.device, memory_format=precision.memory_format).eval()
+    work = exit_work(model, precision, batch_size, [0.0] * (model.num_exits - 1) + [1.0])
+    (rates,) = time_in_turn([work], precision.device, repeats, seconds, warmup=3)
+    gflops = count_gflops(model, name)
+    model.train(training)
+    return {
+        "model": name,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "gflops": gflops and gflops[-1],
+        "exit_gflops": gflops,
+        "images_per_second": statistics.median(rates),
+        "spread": [min(rates), max(rates)],
+        "batch_size": batch_size,
+        "img_size": model.img_size,
+        "dtype": dtype_name(precision),
+        "device": device_name(precision.device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def report_speed(
+    model: Adaptive, name: str, precision: Precision, batch_size: int, folder: Path | None
+) -> None:
+    """Logs what `measure_model` finds, and appends it to speed_macs.txt in a folder, as a line of JSON."""
+    found = measure_model(model, name, precision, batch_size)
+    low, high = found["spread"]
+    cost = "" if found["gflops"] is None else f", {found['gflops']:.3f} GFLOPs"
+    log.info(
+        "%s: %d parameters%s, %.4g images/s (%.4g-%.4g), batch %d, %s, %s",
+        *(name, found["parameters"], cost, found["images_per_second"], low, high, batch_size),
+        *(found["dtype"], found["device"]),
+    )
+    if folder:
+        with open(folder / "speed_macs.txt", "a") as file:
+            file.write(json.dumps(found) + "\n")

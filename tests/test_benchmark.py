@@ -1,0 +1,401 @@
+"""Speed tables: forced exits and sampling against scripted clocks and models, rows against one another."""
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from cases import ROOT, Command
+from PIL import Image
+from timm.models import register_model
+from torch import Tensor
+
+import speed
+from engine import Precision
+from models import AdaptiveViT, StageOutput
+from models.cost import exit_gflops, token_gflops
+from models.exits import choose_exits, force_exits
+from speed import Work, exit_work, largest_batch, latencies, time_in_turn
+from speed_table import COLUMNS, Spec, Subject, operating_points
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import benchmark
+
+CPU = torch.device("cpu")
+SMALL = "embed_dim=32,depth=2,num_heads=2"
+PLAIN, TWO = f"deit_nano:{SMALL}", f"lf_deit_nano:{SMALL},location_stage_size=3,region_size=2"
+QUICK = ["--baseline", PLAIN, "--device", "cpu", "--repeats", 2, "--seconds", 0, "--warmup", 1]
+
+
+class Limited(AdaptiveViT):
+    """Runs out of memory above 40 images a batch, and fails in another way at 7."""
+
+    def stage(self, k: int, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:
+        if len(images) > 40:
+            raise torch.OutOfMemoryError(f"no room for {len(images)}\nsecond line")
+        if len(images) == 7:
+            raise RuntimeError("seven is too much\nsecond line")
+        return super().stage(k, images, prev)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def limited() -> None:
+    def limited_vit(pretrained: bool = False, **kwargs) -> Limited:
+        return Limited(28, 14, 10, 32, 1, 2)
+
+    limited_vit.__module__ = __name__
+    register_model(limited_vit)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds, in a list of one, that stand still unless a test moves them."""
+    now = [0.0]
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("counts", [[39, 11], [0, 50], [50, 0], [17, 17, 16], [1, 0, 49], [5, 45, 0], [50]])
+@pytest.mark.parametrize("levels", [12, 10**6])
+@pytest.mark.parametrize("n", [50, 100])
+def test_forced_exits_are_exact_and_ties_fall_into_the_gap(counts: list[int], levels: int, n: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    sure = torch.randint(levels, (n, len(counts)), generator=generator) / levels
+    try:
+        rows, thresholds = force_exits(sure[:, :-1], counts)
+    except ValueError:  # without spare images every tie is in the way
+        assert n == 50 and levels == 12
+        return
+    exits = choose_exits(sure[rows], torch.tensor(thresholds)[None])[0]
+    assert exits.bincount(minlength=len(counts)).tolist() == counts
+    assert len(set(rows.tolist())) == 50
+
+
+def test_neighbouring_floats_are_told_apart() -> None:
+    low = torch.tensor([0.3, 0.7, 0.1])
+    for sure in torch.stack([low, torch.nextafter(low, torch.tensor(1.0))]).T:
+        rows, thresholds = force_exits(sure[:, None], [1, 1])
+        assert rows.tolist() == [1, 0]
+        assert (sure >= thresholds[0]).tolist() == [False, True]
+
+
+def test_equal_confidences_cannot_be_forced() -> None:
+    with pytest.raises(ValueError, match="exit 0 is equally sure of too many images"):
+        force_exits(torch.full((100, 1), 0.25), [39, 11])
+
+
+@pytest.mark.parametrize("name", ["lf_deit_nano", "dvt_deit_nano"])
+@pytest.mark.parametrize("batch_size, images", [(1, 50), (7, 56), (32, 64), (64, 64)])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_early_exit_work_meets_its_shares(name: str, batch_size: int, images: int, dtype) -> None:
+    model = timm.create_model(name, embed_dim=32, depth=2, num_heads=2).eval()
+    shares = list(operating_points(model.num_exits).values())[-1]
+    work = exit_work(model, Precision(CPU, dtype), batch_size, shares)
+    assert {len(batch) for batch in work.batches} == {batch_size} and work.images() == images
+    exits = torch.cat([work.run(batch)[1] for batch in work.batches])
+    edges = [0] + [round(images * sum(shares[: k + 1])) for k in range(model.num_exits)]
+    assert exits.bincount(minlength=model.num_exits).tolist() == torch.tensor(edges).diff().tolist()
+    assert len({batch.mean().item() for image in work.batches for batch in image}) == images
+
+
+def test_work_without_early_exit_runs_all_stages_on_one_batch() -> None:
+    model = timm.create_model("lf_deit_nano", embed_dim=32, depth=2, num_heads=2).eval()
+    work = exit_work(model, Precision(CPU), 3, [0.0, 1.0])
+    assert len(work.batches) == 1 and (work.run(work.batches[0])[1] == 1).all()
+
+
+def test_operating_points_by_number_of_exits() -> None:
+    assert operating_points(1) == {"one exit": [1.0]}
+    assert operating_points(2) == {
+        "all stages": [0.0, 1.0],
+        "early exit, 78 % at first exit": [0.78, pytest.approx(0.22)],
+    }
+    assert operating_points(3)["early exit, equal shares"] == pytest.approx([1 / 3] * 3)
+    assert operating_points(3, 0.5)["early exit, 50 % at first exit"] == [0.5, 0.25, 0.25]
+
+
+def test_samples_alternate_and_last_long_enough(clock: list[float]) -> None:
+    order = ""
+
+    def work(name: str, seconds: float, batches: list[int]) -> Work:
+        def run(batch: Tensor) -> None:
+            nonlocal order
+            order += name
+            clock[0] += seconds * len(batch)
+
+        return Work(run, [torch.zeros(n, 3, 2, 2) for n in batches])
+
+    works = [work("a", 0.5, [4]), work("b", 0.25, [1, 2])]
+    rates = time_in_turn(works, CPU, repeats=3, seconds=1.6, warmup=3)
+    assert order == "aaa" + "a" + "bbb" + "bb" + 3 * ("a" + "bb" * 3)
+    assert rates == [[pytest.approx(2.0)] * 3, [pytest.approx(4.0)] * 3]
+
+
+def test_latencies_are_of_single_calls(clock: list[float]) -> None:
+    batches = [torch.full((1, 3, 2, 2), float(k == 0)) for k in range(25)]
+
+    def run(batch: Tensor) -> None:
+        clock[0] += 0.5 if batch.any() else 0.125
+
+    assert latencies(Work(run, batches), CPU, calls=60, seconds=100) == pytest.approx((125, 500))
+    assert clock[0] == 3 * (24 * 0.125 + 0.5)
+    latencies(Work(run, batches), CPU, calls=60, seconds=4)
+    assert clock[0] == 5 * (24 * 0.125 + 0.5)  # slow calls are fewer
+
+
+@pytest.mark.parametrize(
+    "limit, cap, expected",
+    [
+        (10**6, 512, 512),
+        (300, 4096, 256),
+        (330, 320, 320),
+        (300, 320, 256),
+        (10, 4096, 8),
+        (1, 64, 1),
+        (64, 9, 9),
+    ],
+)
+def test_the_largest_batch_is_found_by_doubling(limit: int, cap: int, expected: int) -> None:
+    tried = []
+
+    def run(batch_size: int) -> None:
+        tried.append(batch_size)
+        if batch_size > limit:
+            raise torch.OutOfMemoryError("full")
+
+    assert largest_batch(run, cap) == expected
+    assert expected in tried and max(tried) <= cap
+
+
+def test_no_batch_at_all_is_an_error() -> None:
+    def run(batch_size: int) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError, match="not even one image"):
+        largest_batch(run, 4096)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a table of three models at two batch sizes."""
+    folder = tmp_path_factory.mktemp("table")
+    patch = pytest.MonkeyPatch()
+    files = [part for kind in ("csv", "markdown", "png") for part in (f"--{kind}", folder / f"speed.{kind}")]
+    flags = ["--models", TWO, f"{PLAIN},drop_path_rate=0.5", PLAIN, "--batch-size", 1, 4, *QUICK, *files]
+    patch.setattr(sys, "argv", ["benchmark.py", *map(str, flags)])
+    benchmark.main()
+    patch.undo()
+    return folder
+
+
+def test_rows_agree_with_one_another(table: Path) -> None:
+    rows = read(table / "speed.csv")
+    assert list(rows[0]) == COLUMNS
+    assert [(row["model"], row["batch_size"]) for row in rows[::2]] == [
+        *[(TWO, "1"), (TWO, "4"), (f"{PLAIN},drop_path_rate=0.5", "1")],
+        (PLAIN, "1"),
+    ]
+    for row in rows:
+        number = {name: float(row[name]) for name in COLUMNS[2:11] if name != "spread"}
+        rate, base = number["images_per_second"], float(row["baseline_images_per_second"])
+        low, high = map(float, row["spread"].split("-"))
+        assert low <= rate * 1.001 and rate <= high * 1.001
+        assert number["speedup"] == pytest.approx(rate / base)
+        assert number["realised_fraction"] == pytest.approx(number["speedup"] / number["saved_gflops"])
+        assert row["error"] == row["peak_memory_mib"] == "" and row["compiled"] == "False"
+        assert bool(row["latency_p50_ms"]) == bool(row["latency_p99_ms"]) == (row["batch_size"] == "1")
+        if row["model"] == PLAIN:
+            assert number["saved_gflops"] == 1
+
+
+def test_gflops_are_those_of_the_exits_taken(table: Path) -> None:
+    rows = read(table / "speed.csv")
+    spec = Spec.of(TWO)
+    first, both = exit_gflops(timm.create_model(spec.name, **spec.kwargs))
+    (plain,) = exit_gflops(timm.create_model("deit_nano", **Spec.of(PLAIN).kwargs))
+    expected = {"1": (39 * first + 11 * both) / 50, "4": (41 * first + 11 * both) / 52}
+    for row in rows[:4]:
+        cost = both if row["operating_point"] == "all stages" else expected[row["batch_size"]]
+        assert float(row["gflops"]) == pytest.approx(cost)
+        assert float(row["saved_gflops"]) == pytest.approx(plain / cost)
+    assert [row["operating_point"] for row in rows[:4]] == 2 * [
+        "all stages",
+        "early exit, 78 % at first exit",
+    ]
+
+
+def test_table_and_picture_show_what_there_is(table: Path) -> None:
+    text = (table / "speed.markdown").read_text()
+    assert f"baseline {PLAIN}" in text.splitlines()[0] and "float32, eager" in text.splitlines()[0]
+    assert text.count(f"| {PLAIN} ") == 2 and "peak_memory_mib" not in text and "error" not in text
+    assert Image.open(table / "speed.png").size[0] > 300
+
+
+def test_a_failing_model_gets_a_row(command: Command, tmp_path: Path) -> None:
+    flags = ["--models", "limited_vit", PLAIN, "deit_nano:no_such=1", "--batch-size", 7, 8]
+    ended = command("benchmark", *flags, *QUICK, "--csv", tmp_path / "a.csv")
+    assert ended.code == 0
+    rows = read(tmp_path / "a.csv")
+    assert [row["batch_size"] for row in rows] == ["7", "8"] * 3
+    assert rows[0]["error"] == "seven is too much" and not rows[0]["images_per_second"]
+    assert float(rows[0]["parameters"]) > 0
+    assert all(row["images_per_second"] and not row["error"] for row in rows[1:4])
+    assert all("no_such" in row["error"] for row in rows[4:])
+
+
+def test_a_failing_baseline_leaves_the_model_its_speed(command: Command, tmp_path: Path) -> None:
+    flags = ["--models", PLAIN, "--batch-size", 7, *QUICK, "--baseline", "limited_vit"]
+    assert command("benchmark", *flags, "--csv", tmp_path / "a.csv").code == 0
+    (row,) = read(tmp_path / "a.csv")
+    assert row["error"] == "baseline: seven is too much"
+    assert row["images_per_second"] and not row["speedup"] and not row["saved_gflops"]
+
+
+def test_nothing_measured_is_a_failure(command: Command, tmp_path: Path) -> None:
+    flags = ["--models", "limited_vit", "--batch-size", 7, *QUICK, "--csv", tmp_path / "a.csv"]
+    ended = command("benchmark", *flags)
+    assert ended.code == 1 and "no model could be measured" in ended.err
+    assert read(tmp_path / "a.csv")[0]["error"] == "seven is too much"
+
+
+def test_auto_takes_the_largest_batch_that_model_and_baseline_run(command: Command, tmp_path: Path) -> None:
+    flags = ["--batch-size", "auto", "--max-batch", 96, "--csv", tmp_path / "a.csv"]
+    assert command("benchmark", "--models", "limited_vit", PLAIN, *QUICK, *flags).code == 0
+    assert [row["batch_size"] for row in read(tmp_path / "a.csv")] == ["32", "96"]
+    flags += ["--baseline", "limited_vit"]
+    assert command("benchmark", "--models", PLAIN, *QUICK, *flags).code == 0
+    assert [row["batch_size"] for row in read(tmp_path / "a.csv")] == ["32"]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--models", PLAIN, "lf_deit_smal"], "unknown model 'lf_deit_smal'; there are lf_deit"),
+        (["--models", "deit_nano:depth"], "deit_nano takes KEY=VALUE, not 'depth'"),
+        (["--models", PLAIN, "--baseline", "no_such"], "unknown model 'no_such'"),
+        (["--models", PLAIN, "--batch-size", "auto"], "--max-batch"),
+        (["--models", PLAIN, "--batch-size", "0"], "--batch-size 0: take numbers from 1 up, or auto"),
+        (["--models", PLAIN, "--repeats", "0"], "--repeats is 0"),
+        (["--models", PLAIN, "--exit-share", "1.5"], "--exit-share is 1.5"),
+        (["--models", PLAIN, "--csv", "no/such/folder.csv"], "name a file in a folder that exists"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_timing(flags: list[str], message: str, command: Command) -> None:
+    ended = command("benchmark", "--device", "cpu", *flags)
+    assert ended.code == 2 and ended.out == ""
+    assert ended.err.count("\n") == 1 and message in ended.err
+
+
+def test_commas_in_brackets_belong_to_the_value() -> None:
+    spec = Spec.of("evit_deit_nano:keep_rate=0.5,drop_loc=[1,2],init=deit")
+    assert spec.kwargs == {"keep_rate": 0.5, "drop_loc": [1, 2], "init": "deit"}
+
+
+@pytest.mark.parametrize("name", benchmark.LISTS)
+def test_lists_hold_registered_models(name: str) -> None:
+    _, specs, _ = benchmark.parse(["--list", name, "--models", PLAIN])
+    assert [spec.text for spec in specs] == [*benchmark.LISTS[name], PLAIN]
+
+
+def test_names_that_timm_dropped_are_left_out(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    monkeypatch.setitem(benchmark.LISTS, "project", ["gone_model", PLAIN])
+    with caplog.at_level("INFO", logger="adaptive-vit"):
+        _, specs, _ = benchmark.parse([])
+    assert [spec.text for spec in specs] == [PLAIN] and "gone_model" in caplog.text
+
+
+def test_without_fvcore_only_the_cost_is_missing(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "fvcore.nn", None)
+    ended = command("benchmark", "--models", PLAIN, *QUICK, "--csv", tmp_path / "a.csv", "--batch-size", 2)
+    assert ended.code == 0 and "GFLOPs are not counted" in ended.err
+    (row,) = read(tmp_path / "a.csv")
+    assert (
+        row["speedup"] and not row["gflops"] + row["saved_gflops"] + row["realised_fraction"] + row["error"]
+    )
+
+
+def test_cost_of_halted_tokens_is_saved() -> None:
+    torch.manual_seed(0)
+    precision = Precision(CPU, torch.bfloat16)  # in which other tokens halt than in float32
+    subject = Subject(Spec.of("avit_deit_nano:gate_center=1"), None, CPU)
+    work = exit_work(subject.model, precision, 6, [1.0])
+    with torch.inference_mode(), precision.autocast():
+        tokens = subject.model(work.batches[0])[0].info["tokens"]
+    assert (tokens[:, -1] < tokens[:, 0]).any()
+    found = subject.mean_gflops(work, precision)
+    assert found == pytest.approx(token_gflops(subject.model, tokens).mean().item())
+    assert found < subject.gflops[0]
+
+
+@pytest.mark.parametrize("broken", ["", "torch", PLAIN])
+def test_model_and_baseline_are_compiled_both_or_neither(
+    broken: str, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran = []
+
+    def compile(stage):
+        if broken == "torch":
+            raise RuntimeError("no compiler here")
+
+        def run(*args):
+            ran.append(type(stage.__self__).__name__)
+            if broken and not isinstance(stage.__self__, Limited):
+                raise RuntimeError("no compiler here")
+            return stage(*args)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    flags = ["--models", "limited_vit", "--compile", "--batch-size", 2, *QUICK, "--csv", tmp_path / "a.csv"]
+    ended = command("benchmark", *flags)
+    (row,) = read(tmp_path / "a.csv")
+    assert ended.code == 0 and row["images_per_second"] and not row["error"]
+    assert row["compiled"] == str(not broken)
+    assert ("not compiled: " in ended.err) == bool(broken) and ended.err.count("no compiler here") == bool(
+        broken
+    )
+    assert ran[-4:] == 2 * ["AdaptiveViT", "Limited"] if not broken else len(ran) <= 2  # the timed samples
+
+
+def test_only_test_speed_needs_no_data(command: Command, tmp_path: Path) -> None:
+    flags = ["--model", "lf_deit_nano", "--only_test_speed", "--batch-size", 3, "--device", "cpu"]
+    flags += ["--model-kwargs", "num_classes=7", "embed_dim=32", "depth=2", "num_heads=2"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "speed_macs.txt").write_text("an earlier line\n")
+    ended = command("main_deit", *flags, "--output_dir", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    earlier, line = (tmp_path / "out" / "speed_macs.txt").read_text().splitlines()
+    assert earlier == "an earlier line"
+    found = json.loads(line)
+    model = timm.create_model("lf_deit_nano", num_classes=7, embed_dim=32, depth=2, num_heads=2)
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    assert (
+        found["exit_gflops"] == pytest.approx(exit_gflops(model))
+        and found["gflops"] == found["exit_gflops"][1]
+    )
+    assert found["spread"][0] <= found["images_per_second"] <= found["spread"][1]
+    assert (found["batch_size"], found["dtype"], found["img_size"]) == (3, "float32", 56)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"speed_macs.txt", "train.log"}
+
+
+def test_timing_first_leaves_training_as_it_is(command: Command, folder: Path, tmp_path: Path) -> None:
+    losses = []
+    for name, extra in (("plain", []), ("timed", ["--test_speed"])):
+        flags = ["--model", "deit_nano", "--data-path", folder, "--epochs", 1, "--batch-size", 32]
+        flags += ["--model-kwargs", "embed_dim=32", "depth=2", "num_heads=2", "--device", "cpu"]
+        flags += ["--num_workers", 0, "--output_dir", tmp_path / name]
+        assert command("main_deit", *flags, *extra).code == 0
+        losses.append(json.loads((tmp_path / name / "log.txt").read_text())["train_loss"])
+        assert (tmp_path / name / "speed_macs.txt").exists() == bool(extra)
+    assert losses[0] == losses[1] and math.isfinite(losses[0])
