@@ -32,7 +32,13 @@ from models import Adaptive, StageOutput, recipe_of
 from models.a_vit import model_from_name
 from models.exits import choose_exits, uniform_thresholds
 from models.token_labels import PairedTransform, token_targets
-from models.weights import create_model, initialise_from, load_weights, model_from_checkpoint
+from models.weights import (
+    create_model,
+    foreign_kwargs,
+    initialise_from,
+    load_weights,
+    model_from_checkpoint,
+)
 from pictures import contact_sheet
 from speed import report_speed
 from utils import log
@@ -439,9 +445,12 @@ def main() -> None:
     if checkpoint:
         model, name, kwargs = model_from_checkpoint(checkpoint, args.resume, args.model, kwargs)
     else:
-        model, name = create_model(args.model, kwargs), args.model
-    if args.finetune and not checkpoint:
-        initialise_from(model, utils.load_checkpoint(args.finetune)["model"], args.finetune)
+        name, start = args.model, utils.load_checkpoint(args.finetune) if args.finetune else None
+        if start and "model_kwargs" not in start:
+            kwargs = foreign_kwargs(name, start, args.finetune) | kwargs
+        model = create_model(name, kwargs)
+        if start:
+            initialise_from(model, start["model"], args.finetune)
     if (args.test_speed or args.only_test_speed) and context.is_main:
         report_speed(model, name, precision, args.batch_size, folder)
     if args.only_test_speed:

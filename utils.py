@@ -124,6 +124,22 @@ MODEL_FLAGS: dict[str, tuple[list[str], dict[str, Any]]] = {
         ["--shrink_epochs", "--shrink-epochs"],
         dict(type=float, help="EViT: epochs in which the keep rate then falls; default: at once"),
     ),
+    "gate_scale": (
+        ["--gate_scale", "--gate-scale"],
+        dict(type=float, help="A-ViT: slope of the halting gate"),
+    ),
+    "gate_center": (
+        ["--gate_center", "--gate-center"],
+        dict(type=float, help="A-ViT: offset of the halting gate; less halts earlier"),
+    ),
+    "ponder_token_scale": (
+        ["--ponder_token_scale", "--ponder-token-scale"],
+        dict(type=float, help="A-ViT: weight of the mean depth of tokens in the loss"),
+    ),
+    "distr_prior_alpha": (
+        ["--distr_prior_alpha", "--distr-prior-alpha"],
+        dict(type=float, help="A-ViT: weight of the halting prior in the loss; 0 for none"),
+    ),
 }
 
 

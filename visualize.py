@@ -2,21 +2,22 @@
 
     python visualize.py --model lf_deit_nano --resume output/nano/checkpoint.pth --data-path data/digits \\
         --output_dir pictures
+    python visualize.py --resume output/avit/checkpoint.pth --data-path data/digits --per-class
     python visualize.py --resume output/nano/checkpoint.pth --curve --output_dir pictures
 """
 
 import argparse
+import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import Dataset
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 import datasets
 import utils
@@ -24,38 +25,10 @@ from engine import cascade
 from models import Adaptive
 from models.exits import confidence
 from models.weights import model_from_checkpoint
+from pictures import Explained, Line, contact_sheet, depth_map, draw_curve, picture, reference
 from utils import log
 
-PICTURED = {"cls_attn", "region"}  # what a picture reads of a stage's info
-PANEL = 224  # pixels a side; smaller images are enlarged by a whole factor
-RIGHT, WRONG, NEUTRAL, BOX = (0, 150, 0), (200, 0, 0), (60, 60, 60), (255, 210, 0)
-
-
-class Explained(NamedTuple):
-    """One image and what the model did with it.
-
-    Attributes:
-        image: [S,S,3] uint8, the model's input.
-        attention: [g,g] class attention of the first stage, or None.
-        kept: [s,s] bool per drop, which patches of the full image stayed: those that the second stage
-            refined, or those after each block that drops.
-        panels: how many such drops the model has; an image that left before has fewer.
-        box: left, top, right, bottom of the region in input pixels, or None.
-        exit: where the image left.
-        predicted: class number.
-        confidence: maximum softmax probability at that exit.
-        label: class number, or None where it is not known.
-    """
-
-    image: np.ndarray
-    attention: np.ndarray | None
-    kept: list[np.ndarray]
-    panels: int
-    box: tuple[int, int, int, int] | None
-    exit: int
-    predicted: int
-    confidence: float
-    label: int | None
+PICTURED = {"cls_attn", "region", "depth", "tokens"}  # what a picture reads of a stage's info
 
 
 def explain(
@@ -78,159 +51,130 @@ def explain(
         batch_size: images at a time.
         labelled: whether the second item of a sample is a class.
     """
-    model.eval()
-    device = next(model.parameters()).device
     indices, found = list(indices), []
     for first in range(0, len(indices), batch_size):
         images, labels = zip(*(dataset[i] for i in indices[first : first + batch_size]), strict=True)
-        images = torch.stack(images)
-        rows: list[dict] = [{} for _ in labels]
-        for step in cascade(model, images.to(device), thresholds):
-            logits, info = step.output
-            sure = confidence(logits)
-            kept = [patches.cpu() for patches in model.kept_patches(info)]
-            for at, row in enumerate(step.rows.tolist()):
-                for name in PICTURED & info.keys():
-                    rows[row][name] = info[name][at].float().cpu()
-                rows[row]["kept"] = [patches[at] for patches in kept]
-                rows[row] |= {
-                    "exit": step.exit,
-                    "predicted": int(logits[at].argmax()),
-                    "sure": float(sure[at]),
-                }
-        pixels = images.permute(0, 2, 3, 1) * torch.tensor(config["std"]) + torch.tensor(config["mean"])
-        pixels = (255 * pixels).round().clamp(0, 255).byte().numpy()
-        for image, label, row in zip(pixels, labels, rows, strict=True):
-            found.append(as_explained(image, label if labelled else None, row, model.patch_size))
+        found += explain_batch(model, torch.stack(images), labels if labelled else None, config, thresholds)
     panels = max((len(item.kept) for item in found), default=0)
     return [item._replace(panels=panels) for item in found]
 
 
+def explain_batch(
+    model: Adaptive,
+    images: Tensor,
+    labels: Iterable[int] | None,
+    config: dict[str, Any],
+    thresholds: list[float],
+) -> list[Explained]:
+    """`explain` on images [B,3,S,S]; the results hold views of one array of pixels."""
+    model.eval()
+    rows: list[dict] = [{} for _ in images]
+    for step in cascade(model, images.to(next(model.parameters()).device), thresholds):
+        logits, info = step.output
+        shown = {name: info[name].float().cpu() for name in PICTURED & info.keys()}
+        kept = [patches.cpu() for patches in model.kept_patches(info)]
+        predicted, sure = logits.argmax(dim=-1).tolist(), confidence(logits).tolist()
+        for at, row in enumerate(step.rows.tolist()):
+            rows[row] |= {name: value[at].numpy() for name, value in shown.items()}
+            rows[row]["kept"] = [patches[at].numpy() for patches in kept]
+            rows[row] |= {"exit": step.exit, "predicted": predicted[at], "sure": sure[at]}
+    pixels = images.cpu().permute(0, 2, 3, 1) * torch.tensor(config["std"]) + torch.tensor(config["mean"])
+    pixels = (255 * pixels).round().clamp(0, 255).byte().numpy()
+    labels = [None] * len(rows) if labels is None else [int(label) for label in labels]
+    return [as_explained(*found, model.patch_size) for found in zip(pixels, labels, rows, strict=True)]
+
+
 def as_explained(image: np.ndarray, label: int | None, row: dict, patch_size: int) -> Explained:
-    side = len(image) // patch_size
-    attention, box = row.get("cls_attn"), None
+    attention, depth = row.get("cls_attn"), row.get("depth")
     if attention is not None:
-        attention = attention.reshape(round(len(attention) ** 0.5), -1).numpy()
-    kept = []
+        attention = attention.reshape(round(len(attention) ** 0.5), -1)
+    if depth is not None:
+        grid = math.isqrt(len(depth))  # the tokens before the patches are fewer than the next square takes
+        depth = depth[-grid * grid :].astype(int).reshape(grid, grid)
+    side, kept = len(image) // patch_size, []
     for patches in row["kept"]:
         mask = np.zeros(side * side, dtype=bool)
-        mask[patches[patches >= 0].numpy()] = True
+        mask[patches[patches >= 0]] = True
         kept.append(mask.reshape(side, side))
-    if "region" in row:
-        box = tuple(int(value) * patch_size for value in row["region"])
     return Explained(
-        image, attention, kept, len(kept), box, row["exit"], row["predicted"], row["sure"], label
+        image=image,
+        attention=attention,
+        depth=depth,
+        blocks=len(row.get("tokens", ())),
+        kept=kept,
+        panels=len(kept),
+        box=tuple(int(value) * patch_size for value in row["region"]) if "region" in row else None,
+        exit=row["exit"],
+        predicted=row["predicted"],
+        confidence=row["sure"],
+        label=label,
     )
 
 
-def enlarge(image: np.ndarray, factor: int) -> np.ndarray:
-    return image.repeat(factor, 0).repeat(factor, 1)
+def save(image: Image.Image, path: Path) -> None:
+    form = Image.registered_extensions().get(path.suffix.lower())
+    if form is None:
+        raise ValueError(f"{path} is no name of a picture: take one such as picture.png")
+    utils.write_atomically(path, lambda temporary: image.save(temporary, form))
 
 
-def heat_map(image: np.ndarray, attention: np.ndarray) -> np.ndarray:
-    """Attention in colour over the grey image; the scale runs from 0 to the image's own maximum."""
-    heat = attention / max(attention.max(), 1e-12)
-    heat = enlarge(colormaps["inferno"](heat)[..., :3], len(image) // len(attention))
-    grey = image.mean(axis=-1, keepdims=True) / 255
-    return (255 * (0.35 * grey + 0.65 * heat)).round().astype(np.uint8)
-
-
-def dim(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """The image with every patch that is not kept faded to white."""
-    mask = enlarge(kept, len(image) // len(kept))[..., None]
-    return np.where(mask, image, 0.3 * image + 0.7 * 255).round().astype(np.uint8)
-
-
-def picture(item: Explained, stage_names: tuple[str, ...], classes: list[str] | None = None) -> Image.Image:
-    """Input with its region, attention and kept patches side by side, under a line with the outcome."""
-    factor = max(1, PANEL // len(item.image))
-    panels = [Image.fromarray(enlarge(item.image, factor))]
-    if item.box is not None:
-        left, top, right, bottom = (factor * value for value in item.box)
-        ImageDraw.Draw(panels[0]).rectangle((left, top, right - 1, bottom - 1), outline=BOX, width=3)
-    if item.attention is not None:
-        panels.append(Image.fromarray(enlarge(heat_map(item.image, item.attention), factor)))
-    panels += [Image.fromarray(enlarge(dim(item.image, kept), factor)) for kept in item.kept]
-    # Where an image left early the place stays, so that sheets line up.
-    panels += [Image.new("RGB", panels[0].size, (235, 235, 235))] * (item.panels - len(item.kept))
-    width, height, gap = panels[0].width, panels[0].height, 4
-    sheet = Image.new("RGB", (len(panels) * (width + gap) - gap, height + 22), "white")
-    for at, panel in enumerate(panels):
-        sheet.paste(panel, (at * (width + gap), 22))
-    name = class_name(item.predicted, classes)
-    text = f"{stage_names[item.exit]}: {name} {item.confidence:.2f}"
-    colour = NEUTRAL
-    if item.label is not None:
-        colour = RIGHT if item.predicted == item.label else WRONG
-        text += f"  (true: {class_name(item.label, classes)})"
-    ImageDraw.Draw(sheet).text((2, 3), text, fill=colour, font=ImageFont.load_default(14))
-    return sheet
-
-
-def class_name(number: int, classes: list[str] | None) -> str:
-    return classes[number] if classes else str(number)
-
-
-def contact_sheet(
-    items: list[Explained],
-    stage_names: tuple[str, ...],
-    classes: list[str] | None = None,
-    columns: int = 2,
-) -> Image.Image:
-    """All pictures on one page, row by row."""
-    pictures = [picture(item, stage_names, classes) for item in items]
-    gap, width, height = 12, max(p.width for p in pictures), max(p.height for p in pictures)
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
-    page = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for at, one in enumerate(pictures):
-        page.paste(one, (at % columns * (width + gap), at // columns * (height + gap)))
-    return page
-
-
-class Line(NamedTuple):
-    """One model's curve: its name and what inference measured."""
-
-    name: str
-    results: utils.Results
-
-
-def draw_curve(lines: list[Line], path: Path, baselines: list[tuple[str, float, float]] = ()) -> None:
-    """Accuracy against mean GFLOPs: a line per model, a ring per exit, a star per plain model.
+def most_varied(
+    model: Adaptive, loader: DataLoader, config: dict[str, Any], thresholds: list[float]
+) -> list[Explained]:
+    """For each class the image whose patches differ most in depth, by standard deviation; classes in order.
 
     Args:
-        lines: models with a threshold sweep; every tenth threshold is marked.
-        path: of the picture.
-        baselines: name, GFLOPs and top-1 accuracy in percent of models without early exit.
+        model: in any mode; it is set to evaluation.
+        loader: of images and labels; of equal images of a class the first is taken.
+        config: mean and std that the images were normalised with.
+        thresholds: one per exit but the last.
+
+    Raises:
+        ValueError: the model does not tell token depths.
     """
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for line in lines:
-        gflops, accuracy = line.results.budgeted_batch_classification
-        (drawn,) = axes.plot(gflops, accuracy, label=line.name)
-        for at in range(0, len(gflops), 10):
-            axes.plot(gflops[at], accuracy[at], ".", color=drawn.get_color())
-            if len(lines) == 1 and at in (50, 70, 90):
-                note = f"T={at / 100:.1f}"
-                axes.annotate(
-                    note, (gflops[at], accuracy[at]), (4, -11), textcoords="offset points", fontsize=8
-                )
-        if line.results.flops and line.results.anytime_classification:
-            axes.plot(
-                line.results.flops,
-                line.results.anytime_classification,
-                "o",
-                fillstyle="none",
-                color=drawn.get_color(),
-                label="all images to one exit" if line is lines[-1] else None,
-            )
-    for name, gflops, accuracy in baselines:
-        axes.plot(gflops, accuracy, "*", markersize=11, label=name)
-    axes.set_xlabel("mean GFLOPs per image (multiply-adds)")
-    axes.set_ylabel("top-1 accuracy in percent")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    utils.write_atomically(path, lambda temporary: FigureCanvasAgg(figure).print_png(temporary))
+    best: dict[int, Explained] = {}
+    with utils.progress(len(loader.dataset)) as bar:
+        for images, labels in loader:
+            for item in explain_batch(model, images, labels, config, thresholds):
+                if item.depth is None:
+                    raise ValueError(
+                        f"{type(model).__name__} has no token depths to draw by class:"
+                        " take a model whose tokens halt, such as avit_deit_small"
+                    )
+                if item.label not in best or item.depth.std() > best[item.label].depth.std():
+                    best[item.label] = item._replace(image=item.image.copy())  # lets its batch go
+            bar.update(len(images))
+    return [best[label] for label in sorted(best)]
+
+
+def draw_classes(
+    model: Adaptive,
+    loader: DataLoader,
+    config: dict[str, Any],
+    thresholds: list[float],
+    folder: Path,
+    classes: list[str],
+    columns: int = 2,
+) -> None:
+    """Draws for each class the image that `most_varied` finds: its input, its token depths, and both.
+
+    Args:
+        model, loader, config, thresholds: see `most_varied`.
+        folder: gets class<c>_ref.png, class<c>_token_depth.png, class<c>_combined.png, contact_sheet.png.
+        classes: their names.
+        columns: of the contact sheet; more where it would be higher than wide.
+    """
+    items = most_varied(model, loader, config, thresholds)
+    folder.mkdir(parents=True, exist_ok=True)
+    for item in items:
+        image = reference(item)
+        start = f"class{item.label}"
+        save(image, folder / f"{start}_ref.png")
+        save(depth_map(item.depth, item.blocks, image.height), folder / f"{start}_token_depth.png")
+        save(picture(item, model.stage_names, classes), folder / f"{start}_combined.png")
+    columns = max(columns, math.isqrt(len(items)))
+    save(contact_sheet(items, model.stage_names, classes, columns), folder / "contact_sheet.png")
+    log.info("wrote three pictures of each of %d classes and contact_sheet.png to %s", len(items), folder)
 
 
 def parse_baseline(text: str) -> tuple[str, float, float]:
@@ -249,7 +193,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
     add("--output_dir", default="test_img", metavar="DIR", help="where pictures go")
     add("--data-path", "--data_url", metavar="DIR", help="data folder")
-    add("--data-set", default="IMNET", choices=datasets.DATA_SETS)
+    add(
+        "--data-set",
+        default="IMNET",
+        type=datasets.data_set_name,
+        metavar="NAME",
+        help=f"{', '.join(datasets.DATA_SETS)}, wds/NAME or hfds/NAME",
+    )
+    add("--use-lmdb", action="store_true", help="read DIR/SPLIT.lmdb, see scripts/folder2lmdb.py")
     add("--inat-category", default="name", choices=datasets.INAT_CATEGORIES)
     add("--split", default="val", help="folder of the data set")
     add("--images", "--img-path", metavar="PATH", help="an image or a folder of images instead of a data set")
@@ -261,7 +212,10 @@ def make_parser() -> argparse.ArgumentParser:
         default=24,
         help="how many images of the data set, drawn at random",
     )
+    add("--per-class", action="store_true", help="draw of each class the image with the most varied depths")
     add("--batch-size", type=int, default=64)
+    workers = min(8, os.cpu_count() or 1)
+    add("--num_workers", "--workers", type=int, default=workers, help="loading processes of --per-class")
     add("--threshold", type=float, default=0.7, help="confidence that lets an image leave early")
     add("--columns", type=int, default=2, help="of the contact sheet")
     add("--seed", type=int, default=0, help="of the random draw")
@@ -296,6 +250,8 @@ def main() -> None:
     folder = Path(args.output_dir)
     if args.curve:
         return draw_stored_curve(args, folder)
+    if args.per_class and (args.images or not args.data_path):
+        raise ValueError("--per-class needs labelled images: --data-path DIR, without --images")
     utils.check_range("--threshold", args.threshold, 0, 1)
     utils.check_range("--num-images", args.num_images, 1)
     utils.check_range("--batch-size", args.batch_size, 1)
@@ -313,7 +269,13 @@ def main() -> None:
         indices = range(len(dataset))
     elif args.data_path:
         dataset = datasets.build_dataset(
-            args.data_set, args.data_path, args.split, transform, classes, args.inat_category
+            args.data_set,
+            args.data_path,
+            args.split,
+            transform,
+            classes,
+            args.inat_category,
+            use_lmdb=args.use_lmdb,
         )
         datasets.check_classes(dataset, model.num_classes)
         classes = dataset.classes
@@ -321,6 +283,9 @@ def main() -> None:
     else:
         raise ValueError("nothing to draw: give --data-path DIR or --images PATH, or --curve")
     thresholds = [args.threshold] * (model.num_exits - 1)
+    if args.per_class:
+        loader = datasets.eval_loader(dataset, args.batch_size, args.num_workers)
+        return draw_classes(model, loader, config, thresholds, folder, classes, args.columns)
     items = explain(model, dataset, indices, config, thresholds, args.batch_size, labelled=not args.images)
     folder.mkdir(parents=True, exist_ok=True)
     for number, (index, item) in enumerate(zip(indices, items, strict=True), 1):
@@ -332,8 +297,8 @@ def main() -> None:
         else:
             outcome = "right" if item.predicted == item.label else "wrong"
             name = f"label{item.label}_{outcome}_{stage}_index{number}.png"
-        picture(item, model.stage_names, classes).save(folder / name)
-    contact_sheet(items, model.stage_names, classes, args.columns).save(folder / "contact_sheet.png")
+        save(picture(item, model.stage_names, classes), folder / name)
+    save(contact_sheet(items, model.stage_names, classes, args.columns), folder / "contact_sheet.png")
     log.info("wrote %d pictures and contact_sheet.png to %s", len(items), folder)
 
 

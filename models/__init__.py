@@ -5,10 +5,23 @@ from typing import Any
 import timm
 import torch
 
-from models import cf_vit, evit, lf_vit, lv_vit, vit
+from models import a_vit, cf_vit, dvt, evit, lf_vit, lv_vit, t2t, vit
 from models.vit import Adaptive, AdaptiveViT, StageOutput
 
-__all__ = ["Adaptive", "AdaptiveViT", "StageOutput", "cf_vit", "evit", "lf_vit", "lv_vit", "recipe_of", "vit"]
+__all__ = [
+    "Adaptive",
+    "AdaptiveViT",
+    "StageOutput",
+    "a_vit",
+    "cf_vit",
+    "dvt",
+    "evit",
+    "lf_vit",
+    "lv_vit",
+    "recipe_of",
+    "t2t",
+    "vit",
+]
 
 
 def recipe_of(name: str) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def attention_macs(inputs: list, outputs: list) -> Counter:
 
 
 def matmul_macs(inputs: list, outputs: list) -> Counter:
-    """Multiply-adds of a product of matrices; fvcore's own handle misses what the left one is broadcast over."""
+    """Multiply-adds of a product of matrices; fvcore's own handle misses broadcasting of the left."""
     return Counter({"matmul": prod(outputs[0].type().sizes()) * inputs[0].type().sizes()[-1]})
 
 

@@ -342,7 +342,7 @@ def test_finetuning_starts_from_the_given_weights(
 
 STORED = {
     0: ["anytime_classification"],
-    1: ["anytime_classification", "budgeted_batch_classification"],
+    1: ["anytime_classification", "budgeted_batch_classification", "dynamic_threshold"],
     2: [],
 }
 

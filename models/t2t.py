@@ -1,0 +1,170 @@
+"""Tokens-to-token ViT: two rounds of overlapping windows and attention make the tokens of a plain ViT.
+
+Yuan et al., "Tokens-to-Token ViT", ICCV 2021, arXiv 2101.11986; with the attention of Choromanski et al.,
+"Rethinking Attention with Performers", ICLR 2021, arXiv 2009.14794.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from timm.models import register_model
+from torch import Tensor, nn
+
+from models.vit import AdaptiveViT, build
+
+Window = tuple[int, int, int]  # kernel, stride and padding of an unfold
+LATER: Window = (3, 2, 1)  # the second and the third unfold
+
+
+def grid_sides(side: int, window: Window) -> list[int]:
+    """Sides of the grids after the first unfold of an image, `window`, and after the two later ones."""
+    return [side := (side + 2 * p - k) // s + 1 for k, s, p in (window, LATER, LATER)]
+
+
+def sinusoid(count: int, dim: int) -> Tensor:
+    """Position table [1,count,dim] of Vaswani et al. 2017 (arXiv 1706.03762, section 3.5)."""
+    angle = np.arange(count)[:, None] / 10000 ** (2 * (np.arange(dim) // 2) / dim)
+    angle[:, 0::2], angle[:, 1::2] = np.sin(angle[:, 0::2]), np.cos(angle[:, 1::2])
+    return torch.tensor(angle, dtype=torch.float32)[None]
+
+
+class TokenPerformer(nn.Module):
+    """Linear attention by random features, with the skip connection from the values, then an MLP.
+
+    Without autocast: the exponentials have a wide range. Both dropouts are the method's own, at a fixed rate.
+    """
+
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(width)
+        self.kqv, self.proj = nn.Linear(dim, 3 * width), nn.Linear(width, width)
+        self.drop = nn.Dropout(0.1)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.Dropout(0.1))
+        self.w = nn.Parameter(torch.empty(width // 2, width), requires_grad=False)
+        nn.init.orthogonal_(self.w, gain=(width // 2) ** 0.5)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Positive random features [B,N,m] of queries or keys [B,N,c] (Performers, lemma 1)."""
+        w = self.w.float()
+        return (F.linear(x, w) - x.pow(2).sum(dim=-1, keepdim=True) / 2).exp() / len(w) ** 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,N,dim] to [B,N,width]."""
+        with torch.autocast(x.device.type, enabled=False):
+            k, q, v = self.kqv(self.norm1(x.to(self.kqv.weight.dtype))).chunk(3, dim=-1)
+            k, q = self.features(k.float()), self.features(q.float())  # [B,N,m]
+            out = q @ (k.transpose(1, 2) @ v.float()) / (q @ k.sum(dim=1)[..., None] + 1e-8)  # [B,N,c]
+            x = v + self.drop(self.proj(out.to(v.dtype)))
+            return x + self.mlp(self.norm2(x))
+
+
+class TokenTransformer(nn.Module):
+    """What the performer stands in for: softmax attention, one head, scaled by the width of the input."""
+
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(width)
+        layers = {"qkv": nn.Linear(dim, 3 * width, bias=False), "proj": nn.Linear(width, width)}
+        self.attn, self.mlp = nn.ModuleDict(layers), Mlp(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,N,dim] to [B,N,width]."""
+        q, k, v = self.attn["qkv"](self.norm1(x))[:, None].chunk(3, dim=-1)  # each [B,1,N,c]
+        out = F.scaled_dot_product_attention(q, k, v, scale=x.shape[-1] ** -0.5)
+        x = (v + self.attn["proj"](out))[:, 0]
+        return x + self.mlp(self.norm2(x))
+
+
+TOKENISERS = {"performer": TokenPerformer, "transformer": TokenTransformer}
+
+
+class TokensToToken(nn.Module):
+    """Unfold, attention, unfold, attention, unfold, projection (T2T-ViT, section 3.1)."""
+
+    def __init__(self, embed_dim: int, sides: list[int], window: Window, tokens_type: str, token_dim: int):
+        super().__init__()
+        if tokens_type not in TOKENISERS:
+            raise ValueError(f"tokens_type is {tokens_type!r}: take one of {', '.join(TOKENISERS)}")
+        if not isinstance(token_dim, int) or token_dim < 2:
+            raise ValueError(f"token_dim is {token_dim!r}: take a whole number from 2 up")
+        unfolds = [nn.Unfold(k, stride=s, padding=p) for k, s, p in (window, LATER, LATER)]
+        self.sides, self.unfolds = sides, nn.ModuleList(unfolds)
+        self.attention1 = TOKENISERS[tokens_type](3 * window[0] ** 2, token_dim)
+        self.attention2 = TOKENISERS[tokens_type](token_dim * LATER[0] ** 2, token_dim)
+        self.project = nn.Linear(token_dim * LATER[0] ** 2, embed_dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B,3,S,S] to [B,P,C]."""
+        first, second, third = self.unfolds
+        x = self.attention1(first(images).transpose(1, 2)).transpose(1, 2).unflatten(2, (self.sides[0], -1))
+        x = self.attention2(second(x).transpose(1, 2)).transpose(1, 2).unflatten(2, (self.sides[1], -1))
+        return self.project(third(x).transpose(1, 2))
+
+
+# The training of DVT's larger model, on T2T-ViT's code; batches of 512.
+RECIPE = dict(lr=5e-4, unscale_lr=True, weight_decay=0.05, seed=42, repeated_aug=False, eval_ema=True)
+RECIPE |= dict(warmup_epochs=20, cooldown_epochs=10, sched_on_updates=False, train_interpolation="random")
+RECIPE_12 = RECIPE | dict(lr=2e-3, weight_decay=0.03)  # of the smaller one; batches of 1024
+
+
+class T2TViT(AdaptiveViT):
+    """Plain ViT, except: tokens from `TokensToToken`, and a position table that is stored but not trained.
+
+    Args:
+        img_size: side of the image in pixels.
+        window: kernel, stride and padding of the first unfold.
+        tokens_type: attention of the tokeniser, "performer" or "transformer".
+        token_dim: its width.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        window: Window = (7, 4, 2),
+        tokens_type: str = "performer",
+        token_dim: int = 64,
+        **vit,
+    ):
+        sides, patch = grid_sides(img_size, window), 4 * window[1]
+        self.tokeniser = sides, window, tokens_type, token_dim  # read by make_patch_embed
+        super().__init__(img_size=sides[-1] * patch, patch_size=patch, **vit)  # the image with its padding
+        self.img_size = img_size
+
+    def make_patch_embed(self) -> Callable[[Tensor], Tensor]:
+        self.tokens_to_token = TokensToToken(self.embed_dim, *self.tokeniser)
+        return self.tokens_to_token.forward  # no module: the weights have their published names only
+
+    def make_pos_embed(self) -> None:
+        count = (self.img_size // self.patch_size) ** 2 + 1
+        self.pos_embed = nn.Parameter(sinusoid(count, self.embed_dim), requires_grad=False)
+
+    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The position table is fixed."""
+        return {name: value for name, value in state.items() if name != "pos_embed"}
+
+
+def build_t2t(cls: type[T2TViT], defaults: dict, kwargs: dict, recipe: dict = RECIPE) -> T2TViT:
+    """`models.vit.build`, which draws every position table, with the fixed one put back."""
+    model = build(cls, defaults, kwargs)
+    model.pos_embed.data.copy_(sinusoid(*model.pos_embed.shape[1:]))
+    model.recipe = recipe
+    return model
+
+
+T2T_12 = dict(embed_dim=256, depth=12, num_heads=4, mlp_ratio=2.0, qkv_bias=False, norm_eps=1e-5)
+T2T_14 = dict(embed_dim=384, depth=14, num_heads=6, mlp_ratio=3.0, qkv_bias=False, norm_eps=1e-5)
+
+
+@register_model
+def t2t_vit_12(pretrained: bool = False, **kwargs) -> T2TViT:
+    """Plain T2T-ViT-12, trained as DVT of that size."""
+    return build_t2t(T2TViT, T2T_12, {"pretrained": pretrained, **kwargs}, RECIPE_12)
+
+
+@register_model
+def t2t_vit_14(pretrained: bool = False, **kwargs) -> T2TViT:
+    """Plain T2T-ViT-14, trained as DVT of that size."""
+    return build_t2t(T2TViT, T2T_14, {"pretrained": pretrained, **kwargs})
