@@ -15,35 +15,25 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import lmdb
 import numpy as np
 import torch
-from PIL import Image
 from timm.data.readers import create_reader
 from torch.utils.data import Dataset
 
+from images import load_image
 from utils import write_atomically
 
 log = logging.getLogger("adaptive-vit")
 
 
-def load_image(file: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
-    """Reads an RGB image.
-
-    Raises:
-        ValueError: the file is not a readable image; it is called `name`, or by its path.
-    """
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except Exception as error:  # PIL raises many kinds of exception on a broken file
-        raise ValueError(f"cannot read image {name or file} ({error}); repair or remove it") from error
-
-
 class Archive(Dataset):
     """Encoded images by index, with their classes; yields (image, label).
+
+    Attributes:
+        side: see images.load_image.
 
     Args:
         source: what errors call the archive.
@@ -54,6 +44,8 @@ class Archive(Dataset):
     Raises:
         ValueError: the archive has classes that the model lacks.
     """
+
+    side = 0
 
     def __init__(
         self, source: str, names: list[str] | int, given: list[str] | None, transform: Callable | None
@@ -84,7 +76,7 @@ class Archive(Dataset):
         where = f"{self.source}, record {index}"
         if not isinstance(label, int) or not 0 <= label < len(self.numbers):
             raise ValueError(f"{where} has the label {label!r}: it must be 0 to {len(self.numbers) - 1}")
-        image = load_image(io.BytesIO(data), where)
+        image = load_image(io.BytesIO(data), where, self.side)
         return (self.transform(image) if self.transform else image), self.numbers[label]
 
 

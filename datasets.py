@@ -4,7 +4,7 @@ import argparse
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,15 @@ import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, default_collate
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from archives import Lmdb, Shards, load_image
+from archives import Lmdb, Shards
 from hugging_face import HuggingFace
+from images import BadImageError, BadImages, load_image
 from models.token_labels import label_path, load_label
+from sampling import Drawn, Order, ignore_signals
 
 DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "CIFAR100", "INAT", "INAT19")
 log = logging.getLogger("adaptive-vit")
@@ -31,15 +33,24 @@ DATA_CONFIG = dict(
 
 
 class Folder(ImageFolder):
-    """A tree with one folder per class; the classes may be given, so that splits agree on their numbers."""
+    """A tree with one folder per class; the classes may be given, so that splits agree on their numbers.
+
+    Attributes:
+        side: see images.load_image.
+    """
+
+    side = 0
 
     def __init__(self, root: Path, transform: Callable | None = None, classes: list[str] | None = None):
         self.given = classes
-        super().__init__(str(root), transform, loader=load_image, allow_empty=True)
+        super().__init__(str(root), transform, loader=self.load, allow_empty=True)
         if not self.samples:
             raise FileNotFoundError(
                 f"no image below {root}: expected a folder per class with .jpg, .png, ... files"
             )
+
+    def load(self, path: str) -> Image.Image:
+        return load_image(path, side=self.side)
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         found = sorted(entry.name for entry in Path(directory).iterdir() if entry.is_dir())
@@ -70,14 +81,20 @@ class TokenLabelled(Dataset):
         return load_label(label_path(self.labels, self.folder.samples[index][0]), len(self.classes))
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
-        return self.transform(load_image(self.folder.samples[index][0]), self.label(index))
+        image = self.folder.load(self.folder.samples[index][0])
+        return self.transform(image, self.label(index))
 
 
 class INaturalist(Dataset):
     """iNaturalist 2018 / 2019 from its JSON annotations.
 
     A class is a value of `category`, numbered by first appearance in the training annotations.
+
+    Attributes:
+        side: see images.load_image.
     """
+
+    side = 0
 
     def __init__(self, root: Path, year: int, split: str, category: str, transform: Callable | None = None):
         files = [root / f"{part}{year}.json" for part in ("train", "train" if split == "train" else "val")]
@@ -111,12 +128,18 @@ class INaturalist(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path, label = self.samples[index]
-        image = load_image(path)
+        image = load_image(path, side=self.side)
         return (self.transform(image) if self.transform else image), label
 
 
 class Files(Dataset):
-    """Unlabelled pictures: a file, or every image below a folder; yields (image, index)."""
+    """Unlabelled pictures: a file, or every image below a folder; yields (image, index).
+
+    Attributes:
+        side: see images.load_image.
+    """
+
+    side = 0
 
     def __init__(self, path: str | Path, transform: Callable | None = None):
         path = Path(path)
@@ -131,7 +154,7 @@ class Files(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = load_image(self.paths[index])
+        image = load_image(self.paths[index], side=self.side)
         return (self.transform(image) if self.transform else image), index
 
     def in_original(self, index: int, box: list[int], img_size: int, config: dict[str, Any]) -> list[int]:
@@ -255,18 +278,81 @@ def make_transform(img_size: int, **options: Any) -> Callable:
 
 
 class Shard(Subset):
-    """Every world-th sample from `rank` on: over all processes each sample once, without padding."""
+    """Every world-th sample from `rank` on: over all processes each sample once, without padding.
 
-    def __init__(self, dataset: Dataset, rank: int = 0, world: int = 1):
+    A sample is None where its image cannot be read: `bad`, a BadImages, knows which.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        rank: int = 0,
+        world: int = 1,
+        max_bad: int = 0,
+        bad_list: Path | None = None,
+    ):
         super().__init__(dataset, range(rank, len(dataset), world))
         self.rank, self.world, self.total = rank, world, len(dataset)
+        self.bad = BadImages(self.total, max_bad, bad_list)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return super().__getitem__(index)
+        except BadImageError as error:
+            self.bad.add(self.indices[index], error)
+            return None
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [self[index] for index in indices]
+
+    def read(self) -> torch.Tensor:
+        """Numbers, in the data set, of this process's images so far, less those that cannot be read."""
+        return self.bad.read(self.rank, self.world)
+
+
+def readable(shard: Shard, indices: Iterable[int]) -> list[int]:
+    """Those of a shard's samples whose image can be read; BadImageError if there are none."""
+    found = [index for index in indices if shard[index] is not None]
+    if not found:
+        raise BadImageError(f"none of the images can be read{shard.bad.where()}")
+    return found
+
+
+class EvalLoader(DataLoader):
+    """Leaves out images that cannot be read: batches become smaller, and one of no images is skipped."""
+
+    def __init__(self, shard: Shard, *args: Any, **kwargs: Any):
+        super().__init__(shard, *args, collate_fn=collate_read, **kwargs)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch for batch in super().__iter__() if batch is not None)
+
+
+def collate_read(samples: list[Any]) -> Any:
+    samples = [sample for sample in samples if sample is not None]
+    return default_collate(samples) if samples else None
 
 
 def eval_loader(
-    dataset: Dataset, batch_size: int, workers: int, rank: int = 0, world: int = 1, **kwargs
+    dataset: Dataset,
+    batch_size: int,
+    workers: int,
+    rank: int = 0,
+    world: int = 1,
+    max_bad: int = 0,
+    bad_list: Path | None = None,
+    **kwargs: Any,
 ) -> DataLoader:
-    """Loader over this process's shard, in order."""
-    return DataLoader(Shard(dataset, rank, world), batch_size, num_workers=workers, **kwargs)
+    """Loader over this process's shard, in order; see images.BadImages for the limit and the list."""
+    shard = Shard(dataset, rank, world, max_bad, bad_list)
+    return EvalLoader(
+        shard,
+        batch_size,
+        num_workers=workers,
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # evaluation draws nothing from the training's generator
+        **kwargs,
+    )
 
 
 def train_loader(
@@ -281,7 +367,8 @@ def train_loader(
 ) -> DataLoader:
     """Shuffled loader of full batches, smaller ones where the data set does not fill a single one.
 
-    Call `loader.sampler.set_epoch` every epoch.
+    Call `loader.sampler.set_epoch` every epoch. The random numbers of a sample follow from the seed, the
+    epoch and the sample's place in the order over all processes, whichever process loads it.
 
     Args:
         repeats: repeated augmentation (Hoffer et al. 2020): copies of an image per epoch, on different
@@ -292,11 +379,21 @@ def train_loader(
         sampler = RepeatAugSampler(dataset, world, rank, num_repeats=repeats)
     else:
         sampler = DistributedSampler(dataset, world, rank, seed=seed)
+    sampler = Order(sampler, rank, world)
     if len(sampler) < batch_size:
         smaller = max(len(sampler) // 2 * 2, 1)  # even, for mixup's pairs
         log.info("only %d training images per process: batches of %d", len(sampler), smaller)
         batch_size = smaller
-    return DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, drop_last=True, **kwargs)
+    return DataLoader(
+        Drawn(dataset, seed),
+        batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        drop_last=True,
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # the loader's own draws leave the training's generator alone
+        **kwargs,
+    )
 
 
 def to_device(batch: Iterable[torch.Tensor], device: torch.device) -> list[torch.Tensor]:

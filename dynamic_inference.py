@@ -19,14 +19,15 @@ from torch.utils.data import Dataset
 import datasets
 import utils
 from budgets import SOLVERS, mode_budget, mode_solve, stored_thresholds, with_last
-from engine import cascade, early_exit
+from engine import cascade
 from models.cost import exit_gflops, token_gflops
 from models.exits import confidence, operating_points, uniform_thresholds
 from models.selection import bounding_box
 from models.thresholds import NEVER
 from models.weights import baseline_model
 from session import Session, open_session, show, show_exits, store
-from speed import time_pass
+from speed import Timing, time_pass
+from streaming import ExitStream, all_stages, compile_models
 from utils import log
 
 MODES = {
@@ -63,10 +64,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--split", default="val", help="folder of the data set to evaluate on")
     add("--batch_size", "--batch-size", type=int, default=64)
     add("--num_workers", "--workers", type=int, default=min(8, os.cpu_count() or 1), help="loading processes")
+    utils.add_bad_images(parser)
+    utils.add_device_normalize(parser)
     add("--threshold", type=float, default=0.5, help="confidence that lets an image leave early, 0 to 1")
     add("--repeats", type=int, default=3, help="mode 2: timed passes over the data")
     add("--warmup", type=int, default=3, help="mode 2: untimed batches before each pass")
     add("--baseline", metavar="MODEL", help="mode 2: time this model, unexited, on the same images in turn")
+    utils.add_compile(parser)
     add("--sweep", action="store_true", help="mode 1: sweep even if the checkpoint has thresholds")
     add("--budget", type=float, metavar="GFLOPS", help="find the threshold for this mean cost")
     add(
@@ -173,7 +177,8 @@ def mode_sweep(session: Session) -> None:
             rows[-1] += [curve.accuracy[at].item(), *(100 * share for share in curve.shares[at].tolist())]
         leaving = [f"{stage} %" for stage in session.model.stage_names]
         title = "early exit by threshold" if stored is None else "early exit at the checkpoint's thresholds"
-        show(title, ["threshold", "mean GFLOPs", "top-1 %", *leaving], rows)
+        if session.model.num_exits > 1:
+            show(title, ["threshold", "mean GFLOPs", "top-1 %", *leaving], rows)
     budgeted = [curve.gflops.tolist(), curve.accuracy.tolist()]
     store(session, utils.Results(session.gflops, accuracy, budgeted, with_last(thresholds)), {})
 
@@ -204,11 +209,6 @@ def mode_timed(session: Session) -> None:
     args, model, device = session.args, session.model, session.context.device
     loader = session.loader(session.dataset(args.split))
 
-    def run(images: Tensor, target: Tensor) -> Tensor:
-        with session.precision.autocast():
-            logits, exits = early_exit(model, images, session.thresholds())
-        return torch.stack([exits, logits.argmax(dim=-1) == target])
-
     plain = baseline_model(args.baseline, model.num_classes, model.img_size) if args.baseline else None
     baseline_gflops = exit_gflops(plain)[-1] if plain else None
     if plain:
@@ -218,18 +218,27 @@ def mode_timed(session: Session) -> None:
             )
         plain.to(device).eval()
 
-    @torch.inference_mode()
-    def run_plain(images: Tensor, target: Tensor) -> Tensor:
-        with session.precision.autocast():
-            return plain(images)[0].logits[:0]
-
-    ours, theirs = [], []
+    systems = [(model, session.thresholds())] + ([(plain, [])] if plain else [])
+    if args.compile:
+        runs = {system: all_stages(system, session.precision, args.batch_size) for system, _ in systems}
+        if reason := compile_models(runs, args.compile):
+            log.info("not compiled: %s", reason)
+    streams = [
+        ExitStream(system, session.precision, thresholds, args.batch_size, pad=bool(args.compile))
+        for system, thresholds in systems
+    ]
+    passes: list[list[Timing]] = [[] for _ in streams]
     for _ in range(args.repeats):
-        ours.append(time_pass(run, loader, device, args.warmup))
-        if plain:
-            theirs.append(time_pass(run_plain, loader, device, args.warmup))
+        for stream, timings in zip(streams, passes, strict=True):
+            timings.append(time_pass(stream, loader, device, args.warmup))
+    ours = passes[0]
 
-    exits, correct = torch.cat([torch.zeros(2, 0, dtype=torch.int64, device=device), *ours[0].outputs], dim=1)
+    loader.dataset.bad.report(device)
+    rows = [
+        torch.stack([exits, logits.argmax(dim=-1) == target])
+        for (logits, exits), target in zip(ours[0].outputs, ours[0].targets, strict=True)
+    ]
+    exits, correct = torch.cat([torch.zeros(2, 0, dtype=torch.int64, device=device), *rows], dim=1)
     tally = torch.cat([torch.bincount(exits, minlength=model.num_exits), correct.sum()[None]])
     *left, right = utils.sum_over_ranks(tally).tolist()
     shares, accuracy = [count / sum(left) for count in left], 100 * right / sum(left)
@@ -238,7 +247,7 @@ def mode_timed(session: Session) -> None:
         mean_gflops = session.predict(loader.dataset.dataset).gflops.mean().item()
     rows = [["early exit", mean_gflops, *speeds(ours, session.context)]]
     if plain:
-        rows.append([args.baseline, baseline_gflops, *speeds(theirs, session.context)])
+        rows.append([args.baseline, baseline_gflops, *speeds(passes[1], session.context)])
     extra = {
         "threshold": args.threshold,
         "exit_shares": shares,
@@ -285,7 +294,7 @@ def describe(device: torch.device) -> str:
 def mode_images(session: Session) -> None:
     """--images: one line of CSV per picture."""
     args, model = session.args, session.model
-    dataset = datasets.Files(args.images, datasets.eval_transform(model.img_size, session.config))
+    dataset = datasets.Files(args.images, session.transform())
     loader, names = session.loader(dataset), session.checkpoint.get("class_names")
     lines: list[tuple[int, list]] = []
     for images, numbers in loader:
@@ -311,6 +320,9 @@ def mode_images(session: Session) -> None:
                 found[row] = [label, f"{sure[at]:.4f}", model.stage_names[step.exit]]
                 found[row] += [f"{costs[at]:.4f}", box]
         lines += [(number, cells) for number, cells in zip(numbers.tolist(), found, strict=True)]
+    bad = loader.dataset.bad
+    bad.report(session.context.device)
+    lines += [(number, [""] * 5) for number in bad.numbers() if session.context.is_main]
     merged = sorted(line for part in utils.gather(lines) for line in part)
     if not session.context.is_main:
         return
@@ -349,6 +361,9 @@ def main() -> None:
     utils.check_range("--threshold", args.threshold, 0, 1)
     for name in ("batch_size", "repeats", "calibration_images"):
         utils.check_range(f"--{name}", getattr(args, name), 1)
+    utils.check_range("--max-bad-images", args.max_bad_images, 0)
+    if args.boxes and args.max_bad_images:
+        raise ValueError("--boxes needs every image: not with --max-bad-images")
     if args.budget is not None:
         utils.check_range("--budget", args.budget, 0)
         if args.solve == "geometric":

@@ -6,6 +6,7 @@ Nothing here knows a method: a model is a chain of stages with one output per ex
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ from datasets import Shard, to_device
 from models import Adaptive, StageOutput
 from models.cost import token_gflops
 from models.exits import Predictions, confidence
-from utils import MainError, sum_over_ranks
+from sampling import names_of_batch
+from utils import MainError, gather, log, sum_over_ranks
 
 
 class Precision(NamedTuple):
@@ -136,6 +138,7 @@ class Update(NamedTuple):
         ema: moving average of the weights, or None.
         accumulate: batches per update.
         clip_grad: largest gradient norm, or None.
+        skip: updates per epoch that may be left out because a loss or a gradient is not finite.
     """
 
     optimizer: torch.optim.Optimizer
@@ -144,6 +147,24 @@ class Update(NamedTuple):
     ema: ModelEmaV3 | None = None
     accumulate: int = 1
     clip_grad: float | None = None
+    skip: int = 0
+
+
+@dataclass
+class Progress:
+    """How far an epoch has come: what it needs to go on after an interruption.
+
+    Attributes:
+        step: batches done, those left out included.
+        batches: batches that the sums are of.
+        sums: of the learning rate, the losses and the statistics.
+        skipped: updates left out.
+    """
+
+    step: int = 0
+    batches: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    skipped: int = 0
 
 
 def train_one_epoch(
@@ -155,33 +176,42 @@ def train_one_epoch(
     precision: Precision,
     mixup: Callable[..., tuple[Tensor, Tensor]] | None = None,
     on_step: Callable[[int, int, dict[str, float]], None] = lambda step, images, losses: None,
+    progress: Progress | None = None,
+    wishes: Callable[[], list[float]] = list,
+    on_update: Callable[[list[float]], None] = lambda wishes: None,
 ) -> dict[str, float]:
-    """Trains for one pass over the loader.
+    """Trains for one pass over the loader, or for what is left of one.
 
     Args:
         model: an Adaptive, or DistributedDataParallel around one.
-        loader: full batches of images and labels, or of what `mixup` takes.
+        loader: full batches of images and labels, or of what `mixup` takes, from `progress.step` on.
         criterion: from logits and target to a scalar.
         update: optimizer and its companions.
         epoch: 0-based.
         precision: device and autocast type.
         mixup: from a batch on the device to images and target; default: the batch is both.
         on_step: called with the step, the number of images, and the losses and schedules of every batch.
+        progress: of an interrupted epoch; brought up to date before `on_update`.
+        wishes: numbers of this process for `on_update`.
+        on_update: called after every update with the sums of the wishes over all processes, which travel with
+            the losses.
 
     Returns:
         Means over the epoch and all processes: `lr`, `loss`, each of its terms and the model's statistics.
 
     Raises:
-        MainError: the loss is not finite; the weights are those before the bad batch.
+        MainError: the loss or, unless the scaler looks after it, the gradient norm is not finite, in all
+            processes at once; the weights are those before the bad batch.
     """
     parallel = isinstance(model, nn.parallel.DistributedDataParallel)
     own: Adaptive = model.module if parallel else model
+    progress = progress or Progress()
     model.train()
-    totals: dict[str, float] = {}
     updates = math.ceil(len(loader) / update.accumulate)
     update.scheduler.step(epoch)
-    update.scheduler.step_update(epoch * updates)
-    for step, batch in enumerate(loader):
+    update.scheduler.step_update(epoch * updates + math.ceil(progress.step / update.accumulate))
+    spoilt = False
+    for step, batch in enumerate(loader, progress.step):
         own.set_epoch(epoch + step / len(loader))
         images, *target = precision.place(batch)
         images, target = mixup(images, *target) if mixup else (images, *target)
@@ -196,38 +226,58 @@ def train_one_epoch(
                 terms = own.loss(outputs, target, criterion)
                 loss = torch.stack(list(terms.values())).sum()
             update.scaler.scale(loss / group).backward()
+        norm = gradient_norm(own, update) if last else torch.zeros_like(loss)
         # Read after the backward pass is under way, so that a GPU does not wait, and before the update.
         shown = {"loss": loss, **terms, **own.statistics(outputs)}
-        values = mean_over_ranks(torch.stack([value.detach().float() for value in shown.values()]))
-        losses = dict(zip(shown, values.tolist(), strict=True))
-        if not math.isfinite(losses["loss"]):
-            raise MainError(
-                f"the loss is {losses['loss']} at epoch {epoch}, step {step}; weights were not updated"
-            )
-        lr = update.optimizer.param_groups[0]["lr"]
+        asked = [loss.new_full((), wish) for wish in wishes()]
+        values = torch.stack([value.detach().float() for value in (*shown.values(), norm, *asked)])
+        values = sum_over_ranks(values).tolist()
+        world = torch.distributed.get_world_size() if parallel else 1
+        losses = {name: value / world for name, value in zip(shown, values, strict=False)}
+        finite = math.isfinite(losses["loss"])
+        # Gradients that overflow are the scaler's everyday business: it leaves the update out itself.
+        if not finite or not (math.isfinite(values[len(shown)]) or update.scaler.is_enabled()):
+            what = f"the loss is {losses['loss']}" if not finite else f"the gradient norm is {norm.item()}"
+            mine = range(first, step + 1) if finite else [] if loss.isfinite() else [step]
+            names = sum(gather([name for one in mine for name in names_of_batch(loader, one)]), [])
+            more = f" and {len(names) - 64} more" if len(names) > 64 else ""
+            where = f"{what} at epoch {epoch}, step {step} ({', '.join(names[:64])}{more})"
+            if progress.skipped + (not spoilt) > update.skip:
+                raise MainError(f"{where}; weights were not updated")
+            log.warning("%s: this update is left out", where)
+            progress.skipped, spoilt = progress.skipped + (not spoilt), True
+        else:
+            progress.batches += 1
+            for name, value in {"lr": update.optimizer.param_groups[0]["lr"], **losses}.items():
+                progress.sums[name] = progress.sums.get(name, 0.0) + value
         if last:
-            step_optimizer(own, update)
+            step_optimizer(own, update, None if spoilt else norm)
             update.scheduler.step_update(epoch * updates + step // update.accumulate + 1)
-        for name, value in {"lr": lr, **losses}.items():
-            totals[name] = totals.get(name, 0.0) + value
+            spoilt = False
+        progress.step = step + 1
         on_step(step, len(images), losses | own.schedules())
-    return {name: total / len(loader) for name, total in totals.items()}
+        if last:
+            on_update(values[len(shown) + 1 :])
+    return {name: total / progress.batches for name, total in progress.sums.items()}
 
 
-def step_optimizer(model: nn.Module, update: Update) -> None:
-    if update.clip_grad is not None:
-        update.scaler.unscale_(update.optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), update.clip_grad)
-    update.scaler.step(update.optimizer)
+def gradient_norm(model: nn.Module, update: Update) -> Tensor:
+    """Norm of the averaged gradients, the same in all processes."""
+    update.scaler.unscale_(update.optimizer)
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return nn.utils.get_total_norm(gradients)
+
+
+def step_optimizer(model: nn.Module, update: Update, norm: Tensor | None) -> None:
+    """Updates the weights and their average with gradients of this norm, None for those to throw away."""
+    if norm is not None:
+        if update.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(model.parameters(), update.clip_grad, norm)
+        update.scaler.step(update.optimizer)
     update.scaler.update()
     update.optimizer.zero_grad()
-    if update.ema is not None:
+    if update.ema is not None and norm is not None:
         update.ema.update(model)
-
-
-def mean_over_ranks(value: Tensor) -> Tensor:
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    return sum_over_ranks(value) / world
 
 
 @torch.inference_mode()
@@ -237,7 +287,7 @@ def predict(
     precision: Precision,
     on_batch: Callable[[Tensor, list[StageOutput]], None] = lambda images, outputs: None,
 ) -> Predictions:
-    """Runs all stages on a labelled data set, each image once over all processes.
+    """Runs all stages on a labelled data set, each image that can be read once over all processes.
 
     Args:
         model: not wrapped.
@@ -266,8 +316,10 @@ def predict(
     shard: Shard = loader.dataset
     table = torch.zeros(shard.total, model.num_exits, 5, device=precision.device)
     if rows:
-        table[shard.rank :: shard.world] = torch.cat(rows)
+        table[shard.read().to(table.device)] = torch.cat(rows)
     if shard.world > 1:
         table = sum_over_ranks(table)
+    shard.bad.report(precision.device)
+    table = table[shard.bad.read().to(table.device)]
     first, best, best5, loss, cost = table.cpu().unbind(-1)
     return Predictions(first, best.bool(), best5.bool(), loss, cost if own_costs else None)

@@ -17,6 +17,7 @@ from typing import Any
 from timm.data.readers import create_reader
 
 from archives import Archive
+from images import BadImageError
 
 
 class HuggingFace(Archive):
@@ -99,8 +100,8 @@ class HuggingFace(Archive):
         with hugging_face():
             try:
                 file, label = self.opened()[index]
-            except AssertionError as error:
-                raise ValueError(f"{self.source}, record {index} has no image") from error
+            except (AssertionError, OSError) as error:  # neither bytes nor a file of that name
+                raise BadImageError(f"{self.source}, record {index}", "it has no image") from error
         with file:
             return file.read(), label
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 import datasets
 import utils
 from engine import Precision, predict
+from loaders import AS_BYTES, OnDevice
 from models import Adaptive
 from models.cost import exit_gflops
 from models.exits import Predictions
@@ -37,7 +38,7 @@ class Session(NamedTuple):
             self.args.data_set,
             self.args.data_url,
             split,
-            datasets.eval_transform(self.model.img_size, self.config),
+            self.transform(),
             self.checkpoint.get("class_names"),
             self.args.inat_category,
             use_lmdb=self.args.use_lmdb,
@@ -45,12 +46,25 @@ class Session(NamedTuple):
         datasets.check_classes(dataset, self.model.num_classes)
         return dataset
 
-    def loader(self, dataset: Dataset) -> DataLoader:
-        context, pinned = self.context, self.context.device.type == "cuda"
-        workers = self.args.num_workers
-        return datasets.eval_loader(
-            dataset, self.args.batch_size, workers, context.rank, context.world, pin_memory=pinned
+    def transform(self) -> Callable:
+        """To model input, or with --device-normalize to the bytes of which `loader` makes it."""
+        ending = AS_BYTES if self.args.device_normalize else {}
+        return datasets.eval_transform(self.model.img_size, self.config | ending)
+
+    def loader(self, dataset: Dataset) -> DataLoader | OnDevice:
+        context, args = self.context, self.args
+        beside = args.results or args.output
+        loader = datasets.eval_loader(
+            dataset,
+            args.batch_size,
+            args.num_workers,
+            context.rank,
+            context.world,
+            max_bad=args.max_bad_images,
+            bad_list=Path(beside).with_name("bad_images.txt") if beside else None,
+            pin_memory=context.device.type == "cuda",
         )
+        return OnDevice(loader, context.device, self.config) if args.device_normalize else loader
 
     def predict(
         self, dataset: Dataset, on_batch: Callable[[Tensor, list], None] | None = None

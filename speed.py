@@ -9,24 +9,27 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datasets import to_device
-from engine import Precision, cascade, early_exit
+from engine import Precision, cascade
 from models import Adaptive
 from models.cost import exit_gflops
 from models.exits import confidence, force_exits
+from streaming import ExitStream
 from utils import log
 
 POOL = 50  # images over which a share of exits is counted: one batch of one image has no share
+MOST = 10  # batches of a pass, where the pool does not take more
 
 
 def synchronize(device: torch.device) -> None:
@@ -42,12 +45,14 @@ class Timing(NamedTuple):
         model: seconds inside the model.
         total: seconds in all, loading and transfer included.
         outputs: what the model's runs returned, batch by batch.
+        targets: the labels, batch by batch.
     """
 
     images: int
     model: float
     total: float
-    outputs: list[Tensor]
+    outputs: list[Any]
+    targets: list[Tensor]
 
     def rates(self) -> tuple[float, float]:
         """Images per second inside the model and in all; 0 for an empty pass."""
@@ -55,56 +60,67 @@ class Timing(NamedTuple):
 
 
 def time_pass(
-    run: Callable[[Tensor, Tensor], Tensor], loader: DataLoader, device: torch.device, warmup: int
+    run: Callable[[Iterable[Tensor]], Iterable[Any]], loader: DataLoader, device: torch.device, warmup: int
 ) -> Timing:
-    """Times `run(images, target)` over a data set.
+    """Times `run(batches of images)` over a data set.
 
     Args:
-        run: the work, on a batch that is on the device.
+        run: the work, on batches that are on the device.
         loader: of images and labels.
         device: waited for before the clock is read.
         warmup: untimed runs on the first batch.
     """
-    seen, inside, outputs = 0, 0.0, []
-    for batch in loader:
-        for _ in range(warmup):
-            run(*to_device(batch, device))
-        break
+    loading, targets = 0.0, []
+
+    def feed() -> Iterator[Tensor]:
+        nonlocal loading
+        batches = iter(loader)
+        while True:
+            synchronize(device)
+            start = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            images, target = to_device(batch, device)
+            synchronize(device)
+            loading += time.perf_counter() - start
+            targets.append(target)
+            yield images
+
+    for batch in islice(loader, 1):
+        images, _ = to_device(batch, device)
+        list(run([images] * warmup))
     synchronize(device)
     start = time.perf_counter()
-    for batch in loader:
-        images, target = to_device(batch, device)
-        synchronize(device)
-        entered = time.perf_counter()
-        outputs.append(run(images, target))
-        synchronize(device)
-        inside += time.perf_counter() - entered
-        seen += len(images)
-    return Timing(seen, inside, time.perf_counter() - start, outputs)
+    outputs = list(run(feed()))
+    synchronize(device)
+    total = time.perf_counter() - start
+    return Timing(sum(map(len, targets)), total - loading, total, outputs, targets)
 
 
 class Work(NamedTuple):
     """What is timed.
 
     Attributes:
-        run: called with a batch.
+        run: called with batches; one call is one pass.
         batches: of images [B,3,S,S]; all of them are one pass, the least that is timed.
     """
 
-    run: Callable[[Tensor], Any]
+    run: Callable[[Iterable[Tensor]], Any]
     batches: list[Tensor]
 
     def images(self) -> int:
         return sum(map(len, self.batches))
 
 
-def elapsed(run: Callable[[Tensor], Any], batches: list[Tensor], passes: int, device: torch.device) -> float:
+def elapsed(
+    run: Callable[[Iterable[Tensor]], Any], batches: list[Tensor], passes: int, device: torch.device
+) -> float:
     """Seconds of so many passes; the device is idle at both ends."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(passes):
-        for batch in batches:
-            run(batch)
+        run(batches)
     synchronize(device)
     return max(time.perf_counter() - start, 1e-9)
 
@@ -126,8 +142,7 @@ def time_in_turn(
     """
     passes = []
     for work in works:
-        for batch in islice(cycle(work.batches), warmup):
-            work.run(batch)
+        work.run(islice(cycle(work.batches), warmup))
         passes.append(math.ceil(seconds / elapsed(*work, 1, device)) or 1)
     rates: list[list[float]] = [[] for _ in works]
     for _ in range(repeats):
@@ -150,8 +165,25 @@ def latencies(
     return 1000 * float(p50), 1000 * float(p99)
 
 
+def batches_of_pass(batch_size: int, shares: list[float]) -> int:
+    """How many batches hold the pool and let later stages run on batches that are as full as can be."""
+    going = [1 - sum(shares[: k + 1]) for k in range(len(shares) - 1)]  # to the later stages
+
+    def waste(number: int) -> float:
+        runs = [number * share for share in going]
+        return sum(math.ceil(count - 1e-6) - count for count in runs) / number
+
+    least = math.ceil(POOL / batch_size)
+    return min(range(least, max(least, MOST) + 1), key=lambda number: round(waste(number), 6))
+
+
 def exit_work(
-    model: Adaptive, precision: Precision, batch_size: int, shares: list[float], seed: int = 0
+    model: Adaptive,
+    precision: Precision,
+    batch_size: int,
+    shares: list[float],
+    seed: int = 0,
+    pad: bool = False,
 ) -> Work:
     """Early exit on random images of which these shares leave at each exit.
 
@@ -161,15 +193,16 @@ def exit_work(
         batch_size: images per batch.
         shares: one per exit, of sum 1; rounded to whole images of a pass.
         seed: of the images.
+        pad: see `streaming.ExitStream`.
 
     Returns:
-        Its `run` gives logits [B,K] and the exits taken [B].
+        Its `run` gives logits [b,K] and the exits taken [b] of each batch.
 
     Raises:
         ValueError: the confidences are too alike, see `force_exits`.
     """
     early = any(shares[:-1])
-    number = batch_size * math.ceil(POOL / batch_size) if early else batch_size
+    number = batch_size * batches_of_pass(batch_size, shares) if early else batch_size
     edges = [round(number * sum(shares[: k + 1])) for k in range(len(shares))]
     counts = [high - low for low, high in zip([0, *edges], edges, strict=False)]
     device, side = precision.device, model.img_size
@@ -185,12 +218,30 @@ def exit_work(
     rows, thresholds = force_exits(sure, counts)
     mixed = torch.randperm(number, generator=torch.Generator().manual_seed(seed))
     (images,) = precision.place([images[rows[mixed].to(device)]])
+    stream = ExitStream(model, precision, thresholds, batch_size, pad)
+    return Work(lambda batches: list(stream(batches)), list(images.split(batch_size)))
 
-    def run(batch: Tensor) -> tuple[Tensor, Tensor]:
-        with precision.autocast():
-            return early_exit(model, batch, thresholds)
 
-    return Work(run, list(images.split(batch_size)))
+def train_work(model: Adaptive, precision: Precision, batch_size: int, seed: int = 0) -> Work:
+    """Training steps with AdamW on random images and labels, all schedules of the model at their end."""
+    device, side = precision.device, model.img_size
+    generator = torch.Generator(device).manual_seed(seed)
+    images = torch.rand(batch_size, 3, side, side, device=device, generator=generator)
+    target = torch.randint(model.num_classes, (batch_size,), device=device, generator=generator)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)  # next to no change: the next row's model
+    scaler = precision.scaler()
+    model.train().set_epoch(math.inf)
+
+    def run(batches: Iterable[Tensor]) -> None:
+        for batch in batches:
+            with precision.autocast():
+                terms = model.loss(model(batch), target, F.cross_entropy)
+            scaler.scale(torch.stack(list(terms.values())).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+    return Work(run, precision.place([images]))
 
 
 def largest_batch(run: Callable[[int], object], cap: int, first: int = 64) -> int:

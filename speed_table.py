@@ -5,6 +5,7 @@ The ratio of the two is what a row says about a model: drift of the machine hits
 
 import re
 import statistics
+from functools import partial
 from typing import Any, NamedTuple
 
 import timm
@@ -15,7 +16,8 @@ from engine import Precision
 from models import Adaptive
 from models.cost import token_gflops
 from models.weights import baseline_model
-from speed import Work, count_gflops, exit_work, largest_batch, latencies, one_line, time_in_turn
+from speed import Work, count_gflops, exit_work, largest_batch, latencies, one_line, time_in_turn, train_work
+from streaming import compile_models, uncompile
 from utils import log
 
 COLUMNS = """
@@ -23,6 +25,7 @@ COLUMNS = """
     realised_fraction baseline_images_per_second latency_p50_ms latency_p99_ms peak_memory_mib compiled error
 """.split()
 Row = dict[str, Any]
+FITTED = 8  # images on which the depth of tokens is set
 
 
 class Spec(NamedTuple):
@@ -53,7 +56,8 @@ class Options(NamedTuple):
         img_size: side of the images in pixels; None for each model's own.
         exit_share: see `operating_points`.
         max_batch: limit of the batch size "auto".
-        compile: whether stages are compiled.
+        compile: mode of torch.compile for the stages, or for the whole model where it trains; None for eager.
+        train: time training steps, with all stages on all images, instead of inference.
         repeats, seconds, warmup: see `speed.time_in_turn`.
         seed: of the images.
     """
@@ -61,7 +65,8 @@ class Options(NamedTuple):
     img_size: int | None = None
     exit_share: float | None = None
     max_batch: int = 4096
-    compile: bool = False
+    compile: str | None = None
+    train: bool = False
     repeats: int = 5
     seconds: float = 0.5
     warmup: int = 3
@@ -85,7 +90,7 @@ class Subject:
     @torch.inference_mode()
     def mean_gflops(self, work: Work, precision: Precision) -> float | None:
         """Runs the work; mean cost of its images at the exits they take, or of the tokens that go on."""
-        exits = torch.cat([work.run(batch)[1] for batch in work.batches])
+        exits = torch.cat([exits for _, exits in work.run(work.batches)])
         if self.gflops is None:
             return None
         costs = torch.tensor(self.gflops, dtype=torch.float64)[exits.cpu()]
@@ -97,23 +102,44 @@ class Subject:
         return costs.mean().item()
 
 
-def operating_points(exits: int, share: float | None = None) -> dict[str, list[float]]:
-    """Shares of the images per exit, by what the table calls them.
+class Point(NamedTuple):
+    """What a model is timed at.
+
+    Attributes:
+        name: in the table.
+        shares: of the images per exit.
+        depth: mean depth of tokens as a share of the blocks, where they halt.
+    """
+
+    name: str
+    shares: list[float]
+    depth: float | None = None
+
+
+TRAINING = [Point("training step", [])]
+
+
+def operating_points(model: Adaptive, share: float | None = None) -> list[Point]:
+    """All stages and early exit, or the depths at which tokens halt.
 
     Args:
-        exits: of the model.
+        model: with its number of exits.
         share: of the images that leave at the first exit, the rest evenly at the others; default: 0.78 of
             two exits, equal shares of more.
     """
+    exits = model.num_exits
+    if model.depth_shares:
+        blocks = len(model.blocks)
+        return [Point(f"mean depth {blocks * depth:.2g}", [1.0], depth) for depth in model.depth_shares]
     if exits == 1:
-        return {"one exit": [1.0]}
+        return [Point("one exit", [1.0])]
     name = "early exit, equal shares"
     if exits == 2 or share is not None:
         share = 0.78 if share is None else share
         name = f"early exit, {100 * share:.3g} % at first exit"
     first = 1 / exits if share is None else share
     rest = [(1 - first) / (exits - 1)] * (exits - 1)
-    return {"all stages": [0.0] * (exits - 1) + [1.0], name: [first, *rest]}
+    return [Point("all stages", [0.0] * (exits - 1) + [1.0]), Point(name, [first, *rest])]
 
 
 def peak_memory(model: Adaptive, work: Work) -> float | None:
@@ -124,29 +150,8 @@ def peak_memory(model: Adaptive, work: Work) -> float | None:
     own = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers(), *work.batches])
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    for batch in work.batches:
-        work.run(batch)
+    work.run(work.batches)
     return (torch.cuda.max_memory_allocated(device) - before + own) / 2**20
-
-
-def compile_stages(works: dict[Subject, Work]) -> bool:
-    """Compiles the stages of all models, or of none where one fails: unlike modes have no ratio."""
-    torch._dynamo.reset()  # nothing inherits another row's shapes or its count of recompilations
-    try:
-        for subject, work in works.items():
-            subject.model.stage = torch.compile(subject.model.stage)
-            for batch in work.batches:
-                work.run(batch)
-        return True
-    except Exception as error:  # compilers fail in many ways; the models themselves are as good as before
-        log.info("not compiled: %s: %s", subject.text, one_line(error))
-        uncompile(works)
-        return False
-
-
-def uncompile(works: dict[Subject, Work]) -> None:
-    for subject in works:
-        vars(subject.model).pop("stage", None)
 
 
 class Bench:
@@ -168,20 +173,22 @@ class Bench:
             subject = self.baseline if same else Subject(spec, self.options.img_size, self.precision.device)
         except Exception as error:  # whatever a model raises belongs into its row
             return [failed({"model": spec.text, "batch_size": size}, error) for size in batch_sizes]
-        points = operating_points(subject.model.num_exits, self.options.exit_share)
+        points = TRAINING
+        if not self.options.train:
+            points = operating_points(subject.model, self.options.exit_share)
         return [row for size in batch_sizes for row in self.rows_of_size(subject, size, points)]
 
-    def rows_of_size(self, subject: Subject, size: int | str, points: dict[str, list[float]]) -> list[Row]:
+    def rows_of_size(self, subject: Subject, size: int | str, points: list[Point]) -> list[Row]:
         cells = subject.cells()
         try:
             batch_size = self.largest(subject, points) if size == "auto" else size
         except Exception as error:
             return [failed(cells | {"batch_size": size}, error)]
         found = []
-        for name, shares in points.items():
-            known = cells | {"operating_point": name, "batch_size": batch_size}
+        for point in points:
+            known = cells | {"operating_point": point.name, "batch_size": batch_size}
             try:
-                row = known | self.measure(subject, batch_size, shares)
+                row = known | self.measure(subject, batch_size, point)
                 times = f", {row['speedup']:.2f} times the baseline" if "speedup" in row else ""
                 log.info("%s: %.4g images/s%s", title(row), row["images_per_second"], times)
             except Exception as error:
@@ -189,39 +196,54 @@ class Bench:
             found.append(row)
         return found
 
-    def work(self, subject: Subject, batch_size: int, shares: list[float] | None = None) -> Work:
-        """Early exit at these shares; default: all stages."""
-        shares = shares or [0.0] * (subject.model.num_exits - 1) + [1.0]
-        return exit_work(subject.model, self.precision, batch_size, shares, self.options.seed)
+    def work(self, subject: Subject, batch_size: int, point: Point | None = None) -> Work:
+        """Early exit at a point; default: all stages."""
+        model, options = subject.model, self.options
+        if options.train:
+            return train_work(model, self.precision, batch_size, options.seed)
+        shares = point.shares if point else [0.0] * (model.num_exits - 1) + [1.0]
+        work = exit_work(model, self.precision, batch_size, shares, options.seed, bool(options.compile))
+        if point and point.depth is not None:
+            model.fit_depth(torch.cat(work.batches)[:FITTED], point.depth)
+        return work
 
-    def largest(self, subject: Subject, points: dict[str, list[float]]) -> int:
+    def largest(self, subject: Subject, points: list[Point]) -> int:
         """The largest batch at which the baseline and all operating points run."""
 
         def run(batch_size: int) -> None:
             self.once(self.work(self.baseline, batch_size))
-            for shares in points.values():
-                self.once(self.work(subject, batch_size, shares))
+            for point in points:
+                self.once(self.work(subject, batch_size, point))
 
         return largest_batch(run, self.options.max_batch)
 
+    def compile(self, works: dict[Adaptive, Work]) -> bool:
+        """Compiles all or none: unlike modes have no ratio."""
+        runs = {model: partial(work.run, work.batches) for model, work in works.items()}
+        mode, train = self.options.compile, self.options.train
+        reason = compile_models(runs, *(("default", ("forward",)) if train else (mode,)))
+        if reason:
+            log.info("not compiled: %s", reason)
+        return reason is None
+
     def once(self, work: Work) -> Work:
-        work.run(work.batches[0])
+        work.run(work.batches[:1])
         return work
 
-    def measure(self, subject: Subject, batch_size: int, shares: list[float]) -> Row:
+    def measure(self, subject: Subject, batch_size: int, point: Point) -> Row:
         """The cells that follow from running a model."""
         options, device, row = self.options, self.precision.device, Row()
-        works = {subject: self.work(subject, batch_size, shares)}
+        work = self.work(subject, batch_size, point)
         try:
             baseline = self.once(self.work(self.baseline, batch_size))
         except Exception as error:  # the model's own speed is still worth a row
             baseline, row["error"] = None, f"baseline: {one_line(error)}"
-        if baseline:
-            works.setdefault(self.baseline, baseline)
-        row["compiled"] = options.compile and compile_stages(works)
+        works = {subject.model: work} | ({self.baseline.model: baseline} if baseline else {})
+        row["compiled"] = bool(options.compile) and self.compile(works)
         try:
-            work = works[subject]
-            row["gflops"] = subject.mean_gflops(work, self.precision)
+            row["gflops"] = subject.gflops and subject.gflops[-1]
+            if not options.train:
+                row["gflops"] = subject.mean_gflops(work, self.precision)
             row["peak_memory_mib"] = peak_memory(subject.model, work)
             timed = [baseline, work] if baseline else [work]
             *theirs, ours = time_in_turn(timed, device, options.repeats, options.seconds, options.warmup)
@@ -229,6 +251,8 @@ class Bench:
                 row["latency_p50_ms"], row["latency_p99_ms"] = latencies(work, device)
         finally:
             uncompile(works)
+            for model in works:
+                model.eval().zero_grad()
         row["images_per_second"], row["spread"] = statistics.median(ours), f"{min(ours):.4g}-{max(ours):.4g}"
         if theirs:
             row["baseline_images_per_second"] = statistics.median(theirs[0])

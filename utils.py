@@ -4,12 +4,15 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 import os
 import random
 import re
 import sys
+import traceback
+import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -22,6 +25,8 @@ from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor
 from tqdm import tqdm
 
+from checks import CHECKPOINT, RESULTS, check
+
 log = logging.getLogger("adaptive-vit")
 
 
@@ -32,11 +37,27 @@ class MainError(Exception):
     """A command's own failure: one line, exit code 1."""
 
 
+STOPPED = 75  # exit code of a run that a signal has stopped: start it again with --resume auto (EX_TEMPFAIL)
+
+
+class Stopped(Exception):
+    """A run ends because of a signal, its checkpoint written: one line, exit code STOPPED.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command; bad input becomes one line on stderr and exit code 2, a failure of its own code 1."""
     name = Path(sys.argv[0]).name
     try:
-        main()
+        with loaders_closed():
+            main()
     except (ValueError, OSError) as error:
         # A data loader's worker hands its exception on as a traceback: the last line says what happened.
         text = str(error).strip()
@@ -50,12 +71,30 @@ def run_command(main: Callable[[], None]) -> None:
     except MainError as error:
         print(f"{name}: failed: {error}", file=sys.stderr)
         sys.exit(1)
+    except Stopped as stop:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{name}: {stop}", file=sys.stderr)
+        sys.exit(STOPPED)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def loaders_closed() -> Iterator[None]:
+    """Ends the loading processes of a loader that an error leaves behind.
+
+    The error refers to the loader and to itself. So Python would end these processes only at its exit, by a
+    SIGTERM, which they ignore, and wait for them.
+    """
+    try:
+        yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 class Defaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -72,6 +111,15 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{"formatter_class": Defaults} | kwargs)
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:
+        found = super().parse_args(*args, **kwargs)
+        for action in self._actions:
+            value = getattr(found, action.dest, None)
+            numbers = value if isinstance(value, (list, tuple)) else [value]
+            if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+                self.error(f"{action.option_strings[0]} is {value}: take finite numbers")
+        return found
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; --help lists what there is\n")
@@ -143,6 +191,17 @@ MODEL_FLAGS: dict[str, tuple[list[str], dict[str, Any]]] = {
 }
 
 
+def add_compile(parser: argparse.ArgumentParser) -> None:
+    """Adds --compile for inference."""
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=("default", "reduce-overhead"),
+        help="compile the stages with torch.compile; reduce-overhead: with CUDA graphs",
+    )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --model and everything that changes how a model is built."""
     parser.add_argument(
@@ -177,6 +236,27 @@ def key_values(flag: str, pairs: list[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             found[key] = value
     return found
+
+
+def add_bad_images(parser: argparse.ArgumentParser) -> None:
+    """Adds --max-bad-images, see images.BadImages."""
+    parser.add_argument(
+        "--max-bad-images",
+        type=int,
+        default=0,
+        metavar="N",
+        help="go on without so many images per split that cannot be read; they are counted, and listed in"
+        " bad_images.txt",
+    )
+
+
+def add_device_normalize(parser: argparse.ArgumentParser) -> None:
+    """Adds --device-normalize, see loaders.OnDevice."""
+    parser.add_argument(
+        "--device-normalize",
+        action="store_true",
+        help="move images as bytes, a quarter of what floats take, and normalise them on the device",
+    )
 
 
 def check_range(flag: str, value: float, low: float, high: float = float("inf")) -> None:
@@ -259,6 +339,19 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def by_main(context: Context, function: Callable[[], Any]) -> Any:
+    """What a function returns that only the main process calls; its error is raised in every process."""
+    result = error = None
+    if context.is_main:
+        try:
+            result = function()
+        except (ValueError, OSError, MainError) as caught:
+            error = caught
+    if (first := gather(error)[0]) is not None:
+        raise first
+    return result
+
+
 # Logging
 
 
@@ -318,10 +411,16 @@ class Results:
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any]) -> "Results":
-        """Reads the published keys; CF-ViT's files say `flop` where the others say `flops`."""
+        """Reads the published keys; CF-ViT's files say `flop` where the others say `flops`.
+
+        Raises:
+            ValueError: a value is of another form.
+        """
         found = {f.name: checkpoint.get(f.name) for f in dataclasses.fields(cls)}
         found["flops"] = checkpoint.get("flops", checkpoint.get("flop"))
-        return cls(**{key: as_lists(value) for key, value in found.items()})
+        found = {key: as_lists(value) for key, value in found.items()}
+        check(found, RESULTS, "stored results")
+        return cls(**found)
 
     def cheapest(self, share: float) -> int:
         """Number of the first operating point with at least this share of the last exit's accuracy."""
@@ -339,22 +438,51 @@ def as_lists(value: Any) -> Any:
     return [as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a temporary file beside `path`, then renames it: readers see the old or the new."""
+def write_atomically(
+    path: Path, write: Callable[[Path], None], before: Callable[[], None] = lambda: None
+) -> None:
+    """Lets `write` fill a temporary file beside `path`, then renames it: readers see the old or the new.
+
+    `before` is called in between, when the temporary file is whole and on disk.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
+        before()
         os.replace(temporary, path)
+        with suppress(OSError):  # not every file system does this for folders
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    """Saves a checkpoint atomically; as .safetensors the weights and what JSON can hold beside them."""
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's entries, are on disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def save_checkpoint(
+    checkpoint: dict[str, Any], path: Path, before: Callable[[], None] = lambda: None
+) -> None:
+    """Saves a checkpoint atomically; as .safetensors the weights and what JSON can hold beside them.
+
+    `before`: see `write_atomically`.
+    """
+
+    def write(temporary: Path) -> None:
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+        except RuntimeError as error:  # a full disk: the zip writer hides the reason
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
     if path.suffix != ".safetensors":
-        return write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+        return write_atomically(path, write, before)
     weights = {name: value.contiguous() for name, value in checkpoint["model"].items()}
     header = {HEADER: json.dumps({key: value for key, value in checkpoint.items() if key != "model"})}
     write_atomically(path, lambda temporary: save_file(weights, temporary, header))
@@ -399,6 +527,10 @@ def read_file(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return read_safetensors(path)
+        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums, which torch.save makes
+            with zipfile.ZipFile(path) as parts:
+                if (part := parts.testzip()) is not None:
+                    raise ValueError(f"the checksum of {part} is wrong")
         with torch.serialization.safe_globals(
             [argparse.Namespace]
         ):  # published files keep their arguments so
@@ -439,7 +571,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         if isinstance(found.get(key), dict):
             averaged = found.get("model_ema", found.get("state_dict_ema"))
             extra = {"model_ema": clean_names(averaged)} if isinstance(averaged, dict) else {}
-            return found | {"model": clean_names(found[key])} | extra
+            checkpoint = found | {"model": clean_names(found[key])} | extra
+            check(checkpoint, CHECKPOINT, str(path))
+            return checkpoint
     if found and all(isinstance(value, Tensor) for value in found.values()):
         return {"model": clean_names(found)}
     raise ValueError(f"{path} holds no weights under model, state_dict or model_state_dict")

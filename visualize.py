@@ -216,6 +216,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=64)
     workers = min(8, os.cpu_count() or 1)
     add("--num_workers", "--workers", type=int, default=workers, help="loading processes of --per-class")
+    utils.add_bad_images(parser)
     add("--threshold", type=float, default=0.7, help="confidence that lets an image leave early")
     add("--columns", type=int, default=2, help="of the contact sheet")
     add("--seed", type=int, default=0, help="of the random draw")
@@ -255,6 +256,7 @@ def main() -> None:
     utils.check_range("--threshold", args.threshold, 0, 1)
     utils.check_range("--num-images", args.num_images, 1)
     utils.check_range("--batch-size", args.batch_size, 1)
+    utils.check_range("--max-bad-images", args.max_bad_images, 0)
     utils.check_range("--columns", args.columns, 1)
     checkpoint = utils.load_checkpoint(args.resume)
     model, _, _ = model_from_checkpoint(
@@ -283,9 +285,12 @@ def main() -> None:
     else:
         raise ValueError("nothing to draw: give --data-path DIR or --images PATH, or --curve")
     thresholds = [args.threshold] * (model.num_exits - 1)
+    bad = dict(max_bad=args.max_bad_images, bad_list=folder / "bad_images.txt")
     if args.per_class:
-        loader = datasets.eval_loader(dataset, args.batch_size, args.num_workers)
+        loader = datasets.eval_loader(dataset, args.batch_size, args.num_workers, **bad)
         return draw_classes(model, loader, config, thresholds, folder, classes, args.columns)
+    if args.max_bad_images:
+        indices = datasets.readable(datasets.Shard(dataset, **bad), indices)
     items = explain(model, dataset, indices, config, thresholds, args.batch_size, labelled=not args.images)
     folder.mkdir(parents=True, exist_ok=True)
     for number, (index, item) in enumerate(zip(indices, items, strict=True), 1):

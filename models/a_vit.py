@@ -126,6 +126,8 @@ class AViT(AdaptiveViT):
 
     cost_varies = True
     knobs = ("gate_center", "gate_scale")
+    compiled = ("project", "finish")  # what lies between has the number of rows on the host
+    depth_shares = (1.0, 0.79, 0.66)  # none halts; the published small and tiny models by their cost
 
     def __init__(
         self,
@@ -197,7 +199,7 @@ class AViT(AdaptiveViT):
         tokens = counts.new_zeros(batch, len(self.blocks))
         for i, block in enumerate(self.blocks):
             tokens[:, i] = counts
-            x = block.feed(self.attend(block, x, lengths))
+            x = self.finish(block, x, attend_packed(*self.project(block, x), lengths))
             score, total, halted = self.halt(i, x, total)
             weight = torch.where(halted, rest, score)
             # The first row of an image is its class token, unless that has halted.
@@ -219,16 +221,30 @@ class AViT(AdaptiveViT):
         rho = depth + remainder
         return out, {"depth": depth.view(batch, n), "rho": rho.view(batch, n), "tokens": tokens}
 
+    @torch.inference_mode()
+    def fit_depth(self, images: Tensor, share: float) -> None:
+        """Moves gate_center to where the tokens of images [B,3,S,S] have this mean depth, as a share of L."""
+        low, high = -200.0, 200.0
+        for _ in range(16):
+            self.gate_center = (low + high) / 2
+            deep = self(images)[0].info["depth"].double().mean() > share * len(self.blocks)
+            low, high = (low, self.gate_center) if deep else (self.gate_center, high)
+        self.gate_center = high
+
     def foreign_kwargs(self, source: str, args: dict[str, object]) -> dict[str, object]:
         """Gates from the published command line, or from the file's name, which is what was trained."""
         stored = {name: args[name] for name in ("gate_scale", "gate_center") if args.get(name) is not None}
         return stored | gates_from_name(source)
 
     @staticmethod
-    def attend(block: Block, x: Tensor, lengths: list[int]) -> Tensor:
-        """Attention half of a block on packed rows [T,C], so many of each image."""
-        qkv = block.attn.qkv(block.norm1(x)).unflatten(1, (3, block.attn.num_heads, -1))  # [T,3,H,d]
-        return block.residual(x, block.attn.proj(attend_packed(*qkv.unbind(1), lengths).flatten(1)))
+    def project(block: Block, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [T,H,d] of packed rows [T,C]."""
+        return block.attn.qkv(block.norm1(x)).unflatten(1, (3, block.attn.num_heads, -1)).unbind(1)
+
+    @staticmethod
+    def finish(block: Block, x: Tensor, out: Tensor) -> Tensor:
+        """The rest of a block, from packed rows [T,C] and what was attended to, [T,H,d]."""
+        return block.feed(block.residual(x, block.attn.proj(out.flatten(1))))
 
     def loss(
         self, outputs: list[StageOutput], target: Tensor, criterion: Callable[[Tensor, Tensor], Tensor]

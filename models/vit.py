@@ -124,6 +124,9 @@ class Adaptive(nn.Module):
         cost_varies: whether an image's cost depends on it; then `info["tokens"]` [B,L] says how many tokens
             entered each block.
         knobs: attributes that may be set after training to trade accuracy for cost.
+        depth_shares: mean depths of tokens worth timing, as shares of the blocks, where tokens halt; such a
+            model has `fit_depth(images, share)`.
+        compiled: methods that are compiled for inference.
         varying_graph: whether some parameters take no part in some steps (DDP has to look for them).
     """
 
@@ -133,6 +136,8 @@ class Adaptive(nn.Module):
     token_labels: bool = False
     cost_varies: bool = False
     knobs: tuple[str, ...] = ()
+    depth_shares: tuple[float, ...] = ()
+    compiled: tuple[str, ...] = ("stage",)
     varying_graph: bool = False
 
     def stage(self, k: int, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:

@@ -146,6 +146,9 @@ def model_from_checkpoint(
         kwargs.setdefault("num_classes", len(heads[0]))
     model = create_model(name or saved, kwargs)
     load_weights(model, weights, source)
+    names = checkpoint.get("class_names")
+    if names and len(names) != model.num_classes:
+        raise ValueError(f"{source} names {len(names)} classes and its model has {model.num_classes}")
     return model, name or saved, kwargs
 
 

@@ -3,6 +3,7 @@
     python scripts/benchmark.py --models lf_deit_small evit_deit_small:keep_rate=0.5 deit_small_patch16_224 \
         --batch-size 1 32 --csv speed.csv --markdown speed.md --png speed.png
     python scripts/benchmark.py --list published --batch-size auto --amp bf16 --csv speed.csv
+    python scripts/benchmark.py --loader --data-path IMAGENET/val --num_workers 10 --batch-size 256
 
 Weights and images are random; the baseline's own row shows how far two measurements of the same differ.
 """
@@ -10,6 +11,7 @@ Weights and images are random; the baseline's own row shows how far two measurem
 import argparse
 import csv
 import gc
+import os
 import sys
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import loader_speed  # noqa: E402
 import utils  # noqa: E402
 from engine import Precision  # noqa: E402
 from speed import cpu_name, device_name, dtype_name  # noqa: E402
@@ -60,9 +63,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--img-size", type=int, help="side of the images in pixels; default: each model's own")
     share = "share of the images that leave at the first exit, the rest evenly at the others"
     add("--exit-share", type=float, help=f"{share}; default: 0.78 of two exits, equal shares of more")
+    add("--loader", action="store_true", help="time loading instead, with the first model, and both together")
+    add("--data-path", metavar="DIR", help="--loader: a folder with images; default: makes 200 JPEGs")
+    add("--num_workers", "--workers", type=int, default=min(8, os.cpu_count() or 1), help="loading processes")
     add("--device", help="default: cuda if there is one, else cpu")
     add("--amp", default="none", choices=("none", "bf16", "fp16"), help="autocast")
-    add("--compile", action="store_true", help="compile the stages with torch.compile")
+    utils.add_compile(parser)
+    add("--train", action="store_true", help="time training steps instead of inference")
     add("--threads", type=int, help="of the CPU; default: PyTorch's choice")
     add("--repeats", type=int, default=5, help="timed samples of each model")
     add("--seconds", type=float, default=0.5, help="least length of a sample")
@@ -81,9 +88,9 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Spec]
         FileNotFoundError: a file's folder does not exist.
     """
     args = make_parser().parse_args(argv)
-    for name in ("repeats", "threads", "max_batch", "img_size", "warmup", "seconds"):
+    for name in ("repeats", "threads", "max_batch", "img_size", "warmup", "seconds", "num_workers"):
         if getattr(args, name) is not None:
-            low = 0 if name in ("warmup", "seconds") else 1
+            low = 0 if name in ("warmup", "seconds", "num_workers") else 1
             utils.check_range(f"--{name.replace('_', '-')}", getattr(args, name), low)
     if args.exit_share is not None:
         utils.check_range("--exit-share", args.exit_share, 0, 1)
@@ -95,7 +102,10 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Spec]
     for path in (args.csv, args.markdown, args.png):
         if path and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise FileNotFoundError(f"{path}: name a file in a folder that exists")
-    listed = LISTS[args.list] if args.list else [] if args.models else LISTS["project"]
+    if args.loader and ("auto" in sizes or args.png):
+        raise ValueError("--loader takes --batch-size as numbers, and draws no --png")
+    default = [args.baseline] if args.loader else LISTS["project"]
+    listed = LISTS[args.list] if args.list else [] if args.models else default
     lost = [text for text in listed if not timm.is_model(text.partition(":")[0])]
     if lost:
         log.info("not in this version of timm: %s", ", ".join(lost))
@@ -130,11 +140,20 @@ def as_markdown(rows: list[Row], header: str) -> str:
     return f"{header}\n\n{tabulate(cells, columns, 'github', formats, missingval='')}\n"
 
 
-def write_csv(rows: list[Row], path: Path) -> None:
+def write_csv(rows: list[Row], path: Path, columns: list[str]) -> None:
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_tables(args: argparse.Namespace, rows: list[Row], table: str, columns: list[str]) -> None:
+    """Prints the table, and writes it and all numbers where the command line says."""
+    print(table, end="")
+    if args.csv:
+        utils.write_atomically(args.csv, lambda path: write_csv(rows, path, columns))
+    if args.markdown:
+        utils.write_atomically(args.markdown, lambda path: path.write_text(table))
 
 
 def main() -> None:
@@ -146,26 +165,27 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     precision = Precision.of(context.device, args.amp)
-    given = {name: getattr(args, name) for name in Options._fields if getattr(args, name) is not None}
-    bench = Bench(Spec.of(args.baseline), precision, Options(**given))
     machine = dict.fromkeys([device_name(context.device), cpu_name()])
     header = (
         f"{', '.join(machine)}, {torch.get_num_threads()} threads,"
         f" PyTorch {torch.__version__}, timm {timm.__version__}, {dtype_name(precision)},"
-        f" {'compiled' if args.compile else 'eager'}, baseline {args.baseline}"
+        f" {f'compiled ({args.compile})' if args.compile else 'eager'}"
     )
+    if args.loader:
+        log.info(header)
+        options = loader_speed.Options(args.num_workers, args.repeats, args.seconds)
+        rows = loader_speed.measure(specs[0], args.img_size, args.data_path, sizes, precision, options)
+        return write_tables(args, rows, loader_speed.as_markdown(rows, header), loader_speed.COLUMNS)
+    given = {name: getattr(args, name) for name in Options._fields if getattr(args, name) is not None}
+    bench = Bench(Spec.of(args.baseline), precision, Options(**given))
+    header += f", baseline {args.baseline}"
     log.info(header)
     rows: list[Row] = []
     for spec in specs:
         rows += bench.rows(spec, sizes)
         gc.collect()  # a model that failed holds its memory in cycles
         torch.cuda.empty_cache()
-    table = as_markdown(rows, header)
-    print(table, end="")
-    if args.csv:
-        utils.write_atomically(args.csv, lambda path: write_csv(rows, path))
-    if args.markdown:
-        utils.write_atomically(args.markdown, lambda path: path.write_text(table))
+    write_tables(args, rows, as_markdown(rows, header), COLUMNS)
     if args.png:
         draw(rows, header, args.png)
     if not any("images_per_second" in row for row in rows):

@@ -37,7 +37,10 @@ def class_names(file: str, count: int) -> list[str]:
         FileNotFoundError: there is no such file.
         ValueError: it has another number of lines than the model has classes.
     """
-    names = Path(file).read_text().splitlines()
+    try:
+        names = Path(file).read_text().splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--classes {file} is no text file") from error
     if len(names) != count:
         raise ValueError(f"--classes {file} has {len(names)} lines, the model {count} classes")
     return names

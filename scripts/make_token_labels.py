@@ -180,6 +180,7 @@ def parse() -> argparse.Namespace:
     add("--img-size", type=int, metavar="PX", help="side of the model input; default: the model's")
     add("--batch-size", type=int, default=64, metavar="N")
     add("--num_workers", "--workers", type=int, default=4, metavar="N", help="loading processes (4)")
+    utils.add_bad_images(parser)
     add("--device", help="default: cuda if there is one, else cpu")
     return parser.parse_args()
 
@@ -187,7 +188,8 @@ def parse() -> argparse.Namespace:
 @torch.inference_mode()
 def main() -> None:
     args = parse()
-    for name, least in {"top_k": 1, "size": 1, "batch_size": 1, "num_workers": 0}.items():
+    limits = {"top_k": 1, "size": 1, "batch_size": 1, "num_workers": 0, "max_bad_images": 0}
+    for name, least in limits.items():
         utils.check_range(f"--{name.replace('_', '-')}", getattr(args, name), least)
     if args.img_size is not None:
         utils.check_range("--img-size", args.img_size, 1)
@@ -214,20 +216,22 @@ def main() -> None:
 
     model.to(device)
     dtype = torch.float16 if classes <= LARGEST_HALF else torch.float32
-    targets = iter([target for _, target in todo])
-    loader = datasets.eval_loader(Subset(data, [i for i, _ in todo]), args.batch_size, args.num_workers)
+    bad, done = dict(max_bad=args.max_bad_images, bad_list=args.output / "bad_images.txt"), 0
+    images = Subset(data, [i for i, _ in todo])
+    loader = datasets.eval_loader(images, args.batch_size, args.num_workers, **bad)
     with utils.progress(len(data), initial=len(data) - len(todo)) as bar:
         for images, _ in loader:
             labels = make_labels(cell_logits(model, images.to(device)), args.size, args.top_k).to(dtype).cpu()
             if not labels.isfinite().all():
                 raise utils.MainError(f"{config['name']} gives scores that are not finite numbers")
-            for label in labels:
+            for label, at in zip(labels, loader.dataset.read()[done : done + len(labels)], strict=True):
                 # A clone: a row is saved with the memory of its whole batch.
-                utils.write_atomically(
-                    next(targets), lambda file, label=label: torch.save(label.clone(), file)
-                )
+                utils.write_atomically(todo[at][1], lambda file, label=label: torch.save(label.clone(), file))
+            done += len(labels)
             bar.update(len(labels))
-    print(f"{args.output}: {len(todo)} token labels made, {len(data) - len(todo)} were there")
+    loader.dataset.bad.report(device)
+    unread = f", {len(todo) - done} images could not be read" if done < len(todo) else ""
+    print(f"{args.output}: {done} token labels made, {len(data) - len(todo)} were there{unread}")
 
 
 if __name__ == "__main__":

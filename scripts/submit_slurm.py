@@ -5,14 +5,16 @@
 
 All flags but those below, and whatever follows a --, are main_deit.py's (-- --help lists them). Its output
 goes to the job's folder, unless --output_dir names another one. A job that reaches its time limit or is
-preempted is queued again and resumes from its checkpoint.
+preempted saves a checkpoint, is queued again and resumes from it.
 """
 
 import argparse
 import os
 import shlex
 import shutil
+import signal
 import sys
+import time
 from contextlib import nullcontext, redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -26,6 +28,7 @@ except ImportError:  # only submitting needs it: --help and the tests of the fla
 
 SCRIPTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(SCRIPTS.parent))
+import arguments  # noqa: E402
 import main_deit  # noqa: E402
 import utils  # noqa: E402
 
@@ -35,7 +38,7 @@ MAX_TIMEOUTS = 30
 
 def checkpoint_of(argv: list[str]) -> Path:
     """Where main_deit.py, called with these arguments, saves its checkpoint."""
-    return Path(main_deit.make_parser().parse_args(argv).output_dir) / "checkpoint.pth"
+    return Path(arguments.make_parser().parse_args(argv).output_dir) / "checkpoint.pth"
 
 
 def last_written(file: Path) -> int | None:
@@ -62,13 +65,19 @@ class Training:
         argv = self.arguments(submitit.JobEnvironment().job_id)
         # Slurm also restarts jobs that lost their machine without warning: `checkpoint` is not called then.
         again = self.requeued or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-        file = checkpoint_of(argv)
-        if again and last_written(file) not in (None, self.old):
-            argv += ["--resume", str(file)]
+        if again and last_written(checkpoint_of(argv)) not in (None, self.old):
+            argv += ["--resume", "auto"]
         # The machine's GPUs stay visible, as under torchrun: main_deit.py takes the one of its local rank.
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         sys.argv = ["main_deit.py", *argv]
-        main_deit.main()
+        requeue = signal.getsignal(signal.SIGUSR2)  # submitit's: training takes the signal over
+        try:
+            main_deit.main()
+        except utils.Stopped as stop:
+            if stop.signal == signal.SIGUSR2 and callable(requeue):
+                requeue(stop.signal, None)  # the first task ends here
+                time.sleep(SIGNAL_DELAY)  # its end is the end of all: one that failed would end it too early
+            raise
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -117,9 +126,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     # Slurm would send its signal at once if there were not more time than it comes early.
     for name, least in dict(nodes=1, ngpus=1, timeout=3, mem_per_gpu=1, cpus_per_task=1).items():
         utils.check_range(f"--{name.replace('_', '-')}", getattr(args, name), least)
-    theirs = main_deit.make_parser().parse_args(rest)
+    theirs = arguments.make_parser().parse_args(rest)
     if theirs.resume is None:  # otherwise it reads the file, which another job may still have to write
-        main_deit.parse(rest)
+        arguments.parse(rest)
     return args, rest
 
 
@@ -202,7 +211,7 @@ def submit(args: argparse.Namespace, argv: list[str]) -> "submitit.Job":
     """
     if submitit is None:
         raise ValueError("the package submitit is missing: pip install submitit")
-    executor = make_executor(args, main_deit.make_parser().parse_args(argv).model or "main_deit")
+    executor = make_executor(args, arguments.make_parser().parse_args(argv).model or "main_deit")
     # From within a job, sbatch would take that job's numbers of tasks and GPUs over.
     environment = submitit.helpers.clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext()
     try:

@@ -409,6 +409,7 @@ def test_wrong_input_says_so() -> None:
 def halting(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of an epoch from a published-looking file of DeiT-like weights. Not to be written to."""
     root = tmp_path_factory.mktemp("a_vit")
+    torch.manual_seed(0)
     model = timm.create_model("avit_deit_nano", num_classes=4, patch_size=8)
     with torch.no_grad():
         for block in model.blocks:

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,11 @@ from torch import Tensor
 
 import speed
 from engine import Precision
-from models import AdaptiveViT, StageOutput
+from models import Adaptive, AdaptiveViT, StageOutput
 from models.cost import exit_gflops, token_gflops
 from models.exits import choose_exits, force_exits
-from speed import Work, exit_work, largest_batch, latencies, time_in_turn
-from speed_table import COLUMNS, Spec, Subject, operating_points
+from speed import Work, exit_work, largest_batch, latencies, time_in_turn, train_work
+from speed_table import COLUMNS, Bench, Options, Spec, Subject, operating_points
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark
@@ -93,44 +94,67 @@ def test_equal_confidences_cannot_be_forced() -> None:
         force_exits(torch.full((100, 1), 0.25), [39, 11])
 
 
-@pytest.mark.parametrize("name", ["lf_deit_nano", "dvt_deit_nano"])
-@pytest.mark.parametrize("batch_size, images", [(1, 50), (7, 56), (32, 64), (64, 64)])
+@pytest.mark.parametrize(
+    "name, batch_size, batches",  # of 9 batches, 1.98 go on; of 3, two and one
+    [("lf_deit_nano", 1, 50), ("lf_deit_nano", 7, 9), ("lf_deit_nano", 32, 9)]
+    + [("dvt_deit_nano", 1, 50), ("dvt_deit_nano", 7, 9), ("dvt_deit_nano", 32, 3)],
+)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_early_exit_work_meets_its_shares(name: str, batch_size: int, images: int, dtype) -> None:
+def test_early_exit_work_meets_its_shares(name: str, batch_size: int, batches: int, dtype) -> None:
+    images = batches * batch_size
     model = timm.create_model(name, embed_dim=32, depth=2, num_heads=2).eval()
-    shares = list(operating_points(model.num_exits).values())[-1]
+    shares = operating_points(model)[-1].shares
     work = exit_work(model, Precision(CPU, dtype), batch_size, shares)
     assert {len(batch) for batch in work.batches} == {batch_size} and work.images() == images
-    exits = torch.cat([work.run(batch)[1] for batch in work.batches])
+    exits = torch.cat([exits for _, exits in work.run(work.batches)])
     edges = [0] + [round(images * sum(shares[: k + 1])) for k in range(model.num_exits)]
     assert exits.bincount(minlength=model.num_exits).tolist() == torch.tensor(edges).diff().tolist()
-    assert len({batch.mean().item() for image in work.batches for batch in image}) == images
+    assert len({image.numpy().tobytes() for batch in work.batches for image in batch}) == images
 
 
 def test_work_without_early_exit_runs_all_stages_on_one_batch() -> None:
     model = timm.create_model("lf_deit_nano", embed_dim=32, depth=2, num_heads=2).eval()
     work = exit_work(model, Precision(CPU), 3, [0.0, 1.0])
-    assert len(work.batches) == 1 and (work.run(work.batches[0])[1] == 1).all()
+    ((_, exits),) = work.run(work.batches)
+    assert len(work.batches) == 1 and (exits == 1).all()
 
 
 def test_operating_points_by_number_of_exits() -> None:
-    assert operating_points(1) == {"one exit": [1.0]}
-    assert operating_points(2) == {
+    def points(exits: int, share: float | None = None) -> dict:
+        model = Adaptive()
+        model.num_exits = exits
+        return {point.name: point.shares for point in operating_points(model, share)}
+
+    assert points(1) == {"one exit": [1.0]}
+    assert points(2) == {
         "all stages": [0.0, 1.0],
         "early exit, 78 % at first exit": [0.78, pytest.approx(0.22)],
     }
-    assert operating_points(3)["early exit, equal shares"] == pytest.approx([1 / 3] * 3)
-    assert operating_points(3, 0.5)["early exit, 50 % at first exit"] == [0.5, 0.25, 0.25]
+    assert points(3)["early exit, equal shares"] == pytest.approx([1 / 3] * 3)
+    assert points(3, 0.5)["early exit, 50 % at first exit"] == [0.5, 0.25, 0.25]
+
+
+def test_tokens_halt_at_the_depths_asked_for() -> None:
+    torch.manual_seed(0)
+    bench = Bench(Spec.of(PLAIN), Precision(CPU), Options())
+    subject = Subject(Spec.of("avit_deit_nano:depth=12"), None, CPU)
+    names = [point.name for point in operating_points(subject.model)]
+    assert names == ["mean depth 12", "mean depth 9.5", "mean depth 7.9"]
+    for point, depth in zip(operating_points(subject.model), (12, 9.48, 7.92), strict=True):
+        (images,) = bench.work(subject, 8, point).batches
+        with torch.inference_mode():
+            assert subject.model(images)[0].info["depth"].double().mean() == pytest.approx(depth, abs=0.05)
 
 
 def test_samples_alternate_and_last_long_enough(clock: list[float]) -> None:
     order = ""
 
     def work(name: str, seconds: float, batches: list[int]) -> Work:
-        def run(batch: Tensor) -> None:
+        def run(batches: Iterable[Tensor]) -> None:
             nonlocal order
-            order += name
-            clock[0] += seconds * len(batch)
+            for batch in batches:
+                order += name
+                clock[0] += seconds * len(batch)
 
         return Work(run, [torch.zeros(n, 3, 2, 2) for n in batches])
 
@@ -143,8 +167,9 @@ def test_samples_alternate_and_last_long_enough(clock: list[float]) -> None:
 def test_latencies_are_of_single_calls(clock: list[float]) -> None:
     batches = [torch.full((1, 3, 2, 2), float(k == 0)) for k in range(25)]
 
-    def run(batch: Tensor) -> None:
-        clock[0] += 0.5 if batch.any() else 0.125
+    def run(batches: Iterable[Tensor]) -> None:
+        for batch in batches:
+            clock[0] += 0.5 if batch.any() else 0.125
 
     assert latencies(Work(run, batches), CPU, calls=60, seconds=100) == pytest.approx((125, 500))
     assert clock[0] == 3 * (24 * 0.125 + 0.5)
@@ -344,7 +369,7 @@ def test_model_and_baseline_are_compiled_both_or_neither(
 ) -> None:
     ran = []
 
-    def compile(stage):
+    def compile(stage, mode):
         if broken == "torch":
             raise RuntimeError("no compiler here")
 
@@ -399,3 +424,27 @@ def test_timing_first_leaves_training_as_it_is(command: Command, folder: Path, t
         losses.append(json.loads((tmp_path / name / "log.txt").read_text())["train_loss"])
         assert (tmp_path / name / "speed_macs.txt").exists() == bool(extra)
     assert losses[0] == losses[1] and math.isfinite(losses[0])
+
+
+def test_training_steps_are_timed_at_the_cost_of_all_stages(command: Command, tmp_path: Path) -> None:
+    flags = ["--models", TWO, PLAIN, "--train", "--batch-size", 3, *QUICK, "--csv", tmp_path / "a.csv"]
+    ended = command("benchmark", *flags)
+    assert ended.code == 0, ended.err
+    rows = read(tmp_path / "a.csv")
+    assert [row["operating_point"] for row in rows] == ["training step"] * 2
+    full = exit_gflops(Subject(Spec.of(TWO), None, CPU).model)[-1]
+    assert float(rows[0]["gflops"]) == pytest.approx(full)
+    assert all(float(row["speedup"]) > 0 and not row["error"] for row in rows)
+
+
+def test_a_training_step_is_one_of_the_optimizer() -> None:
+    torch.manual_seed(0)
+    model = Subject(Spec.of(TWO), None, CPU).model
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    work = train_work(model, Precision(CPU), 4)
+    work.run(work.batches)
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == before.keys()
+    # AdamW's first step has the length of the learning rate, decay aside.
+    step = (model.head.weight - before["head.weight"]).abs().max().item()
+    assert step == pytest.approx(1e-6, rel=0.05)

@@ -18,6 +18,7 @@ from cases import ROOT, Command, run
 from submitit.core.utils import FailedJobError, pickle_load
 from timm.utils.distributed import is_distributed_env, world_info_from_env
 
+import arguments
 import main_deit
 import utils
 
@@ -181,7 +182,7 @@ def strings(parser) -> set[str]:
 
 
 def test_no_flag_is_main_deits() -> None:
-    common = strings(submit_slurm.make_parser()) & strings(main_deit.make_parser())
+    common = strings(submit_slurm.make_parser()) & strings(arguments.make_parser())
     assert common == {"-h", "--help"}
 
 
@@ -302,9 +303,9 @@ def test_a_job_resumes_only_what_it_saved(
     own = checkpoint in ("new", "replaced") or (checkpoint == "old" and where == "job")
     resumes = start != "first" and own
     expected = ["main_deit.py", "--output_dir", str(tmp_path / "7"), *argv]
-    assert calls == [expected + ["--resume", str(file)] * resumes]
-    args = main_deit.make_parser().parse_args(calls[0][1:])
-    assert args.output_dir == str(output) and args.resume == (str(file) if resumes else "other.pth")
+    assert calls == [expected + ["--resume", "auto"] * resumes]
+    args = arguments.make_parser().parse_args(calls[0][1:])
+    assert args.output_dir == str(output) and args.resume == ("auto" if resumes else "other.pth")
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
     assert (os.environ["RANK"], os.environ["LOCAL_RANK"], os.environ["WORLD_SIZE"]) == ("0", "0", "1")
 

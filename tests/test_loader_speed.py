@@ -1,0 +1,207 @@
+"""Loading speed: the same numbers whoever normalises, and which part limits, by scripted parts."""
+
+import csv
+import io
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cases import ROOT, Command
+from PIL import Image
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import loader_speed
+from datasets import DATA_CONFIG, Files, eval_loader, eval_transform, train_transform
+from images import load_image
+from loader_speed import COLUMNS, WAYS, Options, batches_of, compare, rates, write_pictures
+from loaders import AS_BYTES, OnDevice
+
+sys.path.insert(0, str(ROOT / "scripts"))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    write_pictures(folder, 6)
+    return folder
+
+
+def test_pictures_are_of_imagenets_usual_size(pictures: Path) -> None:
+    files = sorted(pictures.iterdir())
+    assert len(files) == 6
+    for file in files:
+        with Image.open(file) as image:
+            assert (image.format, image.size, image.mode) == ("JPEG", (500, 375), "RGB")
+        assert 20_000 < file.stat().st_size < 250_000
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_normalised_on_the_device_is_the_same(workers: int, pictures: Path) -> None:
+    plain, as_bytes = (Files(pictures, eval_transform(56, DATA_CONFIG | end)) for end in ({}, AS_BYTES))
+    assert as_bytes[0][0].dtype == torch.uint8
+    loader = OnDevice(eval_loader(as_bytes, 4, workers), CPU, DATA_CONFIG)
+    assert (len(loader), loader.batch_size, loader.dataset.total) == (2, 4, 6)
+    for (images, numbers), (expected, order) in zip(loader, eval_loader(plain, 4, workers), strict=True):
+        torch.testing.assert_close(images, expected, atol=1e-6, rtol=0)
+        assert torch.equal(numbers, order)
+
+
+def test_training_normalised_on_the_device_is_the_same(pictures: Path) -> None:
+    found = []
+    for ending in ({}, AS_BYTES):
+        transform = train_transform(56, DATA_CONFIG, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0, **ending)
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+        loader = DataLoader(Files(pictures, transform), 6)
+        found.append(next(iter(OnDevice(loader, CPU, DATA_CONFIG) if ending else loader))[0])
+    torch.testing.assert_close(*found, atol=1e-6, rtol=0)
+
+
+def test_erasing_on_the_device_comes_after_normalisation(pictures: Path) -> None:
+    data = Files(pictures, eval_transform(56, DATA_CONFIG | AS_BYTES))
+    whole = next(iter(OnDevice(DataLoader(data, 6), CPU, DATA_CONFIG)))[0]
+    settings = dict(re_prob=0.7, re_mode="pixel", re_count=2)
+    random.seed(1), torch.manual_seed(1)
+    images = next(iter(OnDevice(DataLoader(data, 6), CPU, DATA_CONFIG, **settings)))[0]
+    random.seed(1), torch.manual_seed(1)
+    next(iter(DataLoader(data, 6)))  # a loader draws too
+    expected = RandomErasing(0.7, mode="pixel", max_count=2, device="cpu")(whole.clone())
+    assert torch.equal(images, expected)
+    erased = (images != whole).flatten(1).any(dim=1)
+    assert erased.any() and not erased.all()
+
+
+@pytest.mark.parametrize(
+    ("side", "size"), [(0, (500, 375)), (188, (500, 375)), (187, (250, 188)), (90, (125, 94))]
+)
+def test_fast_decoding_keeps_at_least_the_side(side: int, size: tuple[int, int], pictures: Path) -> None:
+    path = sorted(pictures.iterdir())[0]
+    fast = load_image(path, side=side)
+    assert fast.size == size and min(size) >= side
+    resized = load_image(path).resize(size, Image.Resampling.BOX)
+    assert (
+        np.abs(np.asarray(fast, int) - np.asarray(resized, int)).mean() < 8
+    )  # of noise; a resize gives others
+
+
+def test_fast_decoding_is_of_jpegs_alone() -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "PNG")
+    assert load_image(file, side=8).size == (64, 64)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=[way.name for way in WAYS])
+def test_batches_do_not_end_and_are_model_input(way: loader_speed.Way, pictures: Path) -> None:
+    data = Files(pictures)
+    batches = batches_of(way, data, 28, 4, 0, CPU)
+    for _ in range(4):
+        images, numbers = next(batches)
+        assert images.shape == (4, 3, 28, 28) and images.dtype == torch.float32
+        assert len(numbers) == 4 and images.min() < 0 < images.max()
+    assert data.side == (56 if way.fast else 0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds, in a list of one, that stand still unless a test moves them."""
+    now = [0.0]
+    monkeypatch.setattr(loader_speed.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_samples_are_whole_batches_of_at_least_the_seconds(clock: list[float]) -> None:
+    taken = []
+
+    def batches() -> Iterator[list[Tensor]]:
+        while True:
+            clock[0] += 0.25
+            yield [torch.zeros(5, 1), torch.zeros(5)]
+
+    def run(images: Tensor) -> None:
+        taken.append(len(images))
+        clock[0] += 0.25
+
+    assert rates(batches(), run, CPU, Options(0, 3, 1.8), warmup=2) == [pytest.approx(10)] * 3
+    assert len(taken) == 2 + 3 * 4
+    assert len(rates(batches(), run, CPU, Options(0, 2, 0), warmup=0)) == 2 and len(taken) == 16
+
+
+@pytest.mark.parametrize(("loading", "forward"), [(0.5, 0.125), (0.125, 0.5), (0.25, 0.25)])
+def test_the_slower_part_limits(loading: float, forward: float, clock: list[float]) -> None:
+    def load() -> Iterator[list[Tensor]]:
+        while True:
+            clock[0] += loading
+            yield [torch.zeros(8, 1), torch.zeros(8)]
+
+    def run(images: Tensor) -> None:
+        clock[0] += forward * len(images) / 8
+
+    row = compare(load, run, torch.zeros(8, 1), CPU, Options(3, 5, 2.0))
+    assert row["loader_images_per_second"] == pytest.approx(8 / loading)
+    assert row["model_images_per_second"] == pytest.approx(8 / forward)
+    assert row["both_images_per_second"] == pytest.approx(8 / (loading + forward))
+    assert row["limited_by"] == ("loader" if loading > forward else "model")
+    assert row["workers_needed"] == {0.5: 12, 0.125: 1, 0.25: 3}[loading]
+    row |= dict(transform="training", batch_size=8, workers=3)
+    assert ("about 12 processes would keep up" in loader_speed.verdict(row)) == (loading > forward)
+
+
+SMALL = "deit_nano:embed_dim=32,depth=2,num_heads=2"
+QUICK = ["--loader", "--models", SMALL, "--device", "cpu", "--repeats", 2, "--seconds", 0, "--num_workers", 0]
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_the_table_holds_all_ways(
+    made: bool, command: Command, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_speed, "write_pictures", lambda folder: write_pictures(folder, 2))
+    flags = [*QUICK, "--batch-size", 1, 2, "--csv", tmp_path / "a.csv", "--markdown", tmp_path / "a.md"]
+    ended = command("benchmark", *flags, *([] if made else ["--data-path", pictures]))
+    assert ended.code == 0, ended.err
+    with open(tmp_path / "a.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == COLUMNS
+    assert [(row["batch_size"], row["transform"]) for row in rows] == [
+        (size, way.name) for size in "12" for way in WAYS
+    ]
+    for row in rows:
+        loader, model = float(row["loader_images_per_second"]), float(row["model_images_per_second"])
+        assert (row["limited_by"] == "loader") == (loader < model) and float(
+            row["both_images_per_second"]
+        ) > 0
+        assert row["model"] == SMALL and row["img_size"] == "56"
+    text = (tmp_path / "a.md").read_text()
+    assert text == ended.out and "float32, eager" in text.splitlines()[0] and text.count("limits: ") == 10
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-size", "auto", "--max-batch", 4], "--batch-size as numbers"),
+        (["--png", "speed.png"], "no --png"),
+        (["--num_workers", -1], "--num-workers is -1"),
+        (["--data-path", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(flags: list, message: str, command: Command) -> None:
+    ended = command("benchmark", *QUICK, *flags)
+    lines = [line for line in ended.err.splitlines() if "benchmark.py: error" in line]
+    assert ended.code == 2 and ended.out == "" and len(lines) == 1 and message in lines[0]
+
+
+def test_predictions_do_not_depend_on_who_normalises(
+    command: Command, sharp: Path, folder: Path, tmp_path: Path
+) -> None:
+    flags = ["--checkpoint_path", sharp, "--device", "cpu", "--num_workers", 0]
+    for mode in (["--images", folder / "val"], ["--data_url", folder, "--eval-mode", 0]):
+        printed = []
+        for extra in ([], ["--device-normalize"]):
+            results = ["--results", tmp_path / "results.json"]
+            printed.append(command("dynamic_inference", *flags, *mode, *results, *extra).out)
+        assert printed[0] == printed[1] and printed[0].count("\n") > 3
