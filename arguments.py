@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 import checkpoints
+import command_line
 import datasets
 import utils
 from checks import check_arguments
@@ -41,9 +42,9 @@ METRICS = ("top1_f", "top5_f", "top1_c", "top5_c")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = utils.Parser(description="Trains and evaluates the models.")
+    parser = command_line.Parser(description="Trains and evaluates the models.")
     group = parser.add_argument_group("model")
-    utils.add_model_arguments(group)
+    command_line.add_model_arguments(group)
     add = group.add_argument
     add("--drop-path", type=float, default=0.1, help="stochastic depth rate of the last block")
     add("--finetune", metavar="FILE", help="start from the weights of a timm, DeiT or own checkpoint")
@@ -71,14 +72,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--pin-mem", action=OnOff, default=True, help="page-locked memory for faster transfer to a GPU")
     add("--prefetch-factor", type=int, default=2, metavar="N", help="batches each process has ready")
     add("--persistent-workers", action="store_true", help="keep the loading processes between epochs")
-    utils.add_device_normalize(group)
+    command_line.add_device_normalize(group)
     add(
         "--fast-decode",
         action="store_true",
         help="decode training JPEGs of four or more times the model input's side at a part of their size;"
         " slightly other pixels",
     )
-    utils.add_bad_images(group)
+    command_line.add_bad_images(group)
     add("--crop-pct", type=float, help="share of the evaluation images that the crop keeps; default: 0.875")
     add("--interpolation", choices=RESIZE, help="of the evaluation images; default: bicubic")
     add("--mean", type=float, nargs=3, help="of the channels; default: ImageNet's")
@@ -226,7 +227,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
     for names, *bounds in ((FROM_0, 0), (FROM_1, 1), (SHARES, 0, 1)):
         for name in names:
             if getattr(args, name) is not None:
-                utils.check_range(f"--{name.replace('_', '-')}", getattr(args, name), *bounds)
+                command_line.check_range(f"--{name.replace('_', '-')}", getattr(args, name), *bounds)
     if mixes(args) and args.batch_size % 2 and not (args.only_test_speed or args.demo):
         raise ValueError(
             f"--batch-size {args.batch_size} is odd and mixup pairs images:"
@@ -248,7 +249,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
 
 def model_kwargs(args: argparse.Namespace, num_classes: int | None) -> dict:
     """Constructor arguments; shares of the run become epochs."""
-    kwargs = utils.model_arguments(args) | {"drop_path_rate": args.drop_path}
+    kwargs = command_line.model_arguments(args) | {"drop_path_rate": args.drop_path}
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
     if args.select_from is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 Test = Callable[[Any], bool]
@@ -110,6 +111,33 @@ def test_of(action: argparse.Action) -> Test:
     if isinstance(action.nargs, int):
         return list_of(one, action.nargs)
     return list_of(one) if action.nargs in ("*", "+") else one
+
+
+def alike(value: Any, own: Any) -> bool:
+    """Whether a saved option of an optimizer is of its kind."""
+    if isinstance(own, (list, tuple)):
+        return list_of(is_number, len(own))(value)
+    if own is None or isinstance(own, bool):
+        return value is None or isinstance(value, bool)
+    return is_number(value) if is_number(own) else type(value) is type(own)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Loads an optimizer's state; TypeError where it would only fail in its next step."""
+    own = [
+        {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(saved)
+    for group, before in zip(optimizer.param_groups, own, strict=True):
+        for name, value in before.items():
+            if name != "params" and not alike(group.get(name, "nothing"), value):
+                raise TypeError(f"its optimizer's {name} is {shown(group.get(name))}")
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.numel() != 1 and value.shape != parameter.shape:
+                raise TypeError(f"its optimizer's {name} has the shape {list(value.shape)}")
+            if not isinstance(value, Tensor) and not is_number(value):
+                raise TypeError(f"its optimizer's {name} is {shown(value)}")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+import command_line
 import datasets
 import utils
 from budgets import SOLVERS, mode_budget, mode_solve, stored_thresholds, with_last
@@ -39,9 +40,9 @@ MODES = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = utils.Parser(description=__doc__.split("\n")[0])
+    parser = command_line.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    utils.add_model_arguments(parser)
+    command_line.add_model_arguments(parser)
     add("--checkpoint_path", "--resume", metavar="FILE", required=True)
     add("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
     add(
@@ -64,13 +65,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--split", default="val", help="folder of the data set to evaluate on")
     add("--batch_size", "--batch-size", type=int, default=64)
     add("--num_workers", "--workers", type=int, default=min(8, os.cpu_count() or 1), help="loading processes")
-    utils.add_bad_images(parser)
-    utils.add_device_normalize(parser)
+    command_line.add_bad_images(parser)
+    command_line.add_device_normalize(parser)
     add("--threshold", type=float, default=0.5, help="confidence that lets an image leave early, 0 to 1")
     add("--repeats", type=int, default=3, help="mode 2: timed passes over the data")
     add("--warmup", type=int, default=3, help="mode 2: untimed batches before each pass")
     add("--baseline", metavar="MODEL", help="mode 2: time this model, unexited, on the same images in turn")
-    utils.add_compile(parser)
+    command_line.add_compile(parser)
     add("--sweep", action="store_true", help="mode 1: sweep even if the checkpoint has thresholds")
     add("--budget", type=float, metavar="GFLOPS", help="find the threshold for this mean cost")
     add(
@@ -358,14 +359,14 @@ def mode_stored(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = make_parser().parse_args()
-    utils.check_range("--threshold", args.threshold, 0, 1)
+    command_line.check_range("--threshold", args.threshold, 0, 1)
     for name in ("batch_size", "repeats", "calibration_images"):
-        utils.check_range(f"--{name}", getattr(args, name), 1)
-    utils.check_range("--max-bad-images", args.max_bad_images, 0)
+        command_line.check_range(f"--{name}", getattr(args, name), 1)
+    command_line.check_range("--max-bad-images", args.max_bad_images, 0)
     if args.boxes and args.max_bad_images:
         raise ValueError("--boxes needs every image: not with --max-bad-images")
     if args.budget is not None:
-        utils.check_range("--budget", args.budget, 0)
+        command_line.check_range("--budget", args.budget, 0)
         if args.solve == "geometric":
             raise ValueError("--budget goes with --solve joint: geometric shares are not made for one budget")
     if args.vary:
@@ -401,4 +402,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_command(main)
+    command_line.run_command(main)

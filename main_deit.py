@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoints
+import command_line
 import datasets
 import utils
 from arguments import augmentation, mixes, model_kwargs, parse
@@ -317,4 +318,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_command(main)
+    command_line.run_command(main)

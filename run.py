@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import checkpoints
 import utils
+from checks import load_optimizer
 from engine import Progress, Update
 from models.weights import load_weights
 from utils import log
@@ -210,7 +211,7 @@ class Run:
         args, update = self.args, self.update
         if "optimizer" not in checkpoint:
             raise ValueError(f"{args.resume} holds weights only; start from it with --finetune")
-        update.optimizer.load_state_dict(checkpoint["optimizer"])
+        load_optimizer(update.optimizer, checkpoint["optimizer"])
         if checkpoint.get("scaler"):
             update.scaler.load_state_dict(checkpoint["scaler"])
         if update.ema is not None and checkpoint.get("model_ema"):

@@ -11,6 +11,7 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+import command_line
 import datasets
 import utils
 from engine import Precision, predict
@@ -90,7 +91,7 @@ def open_session(args: argparse.Namespace, context: utils.Context) -> Session:
     if stores and not isinstance(utils.read_file(Path(args.checkpoint_path)).get("model"), dict):
         raise ValueError(f"{args.checkpoint_path} takes no results: name a JSON file for them with --results")
     model, name, _ = model_from_checkpoint(
-        checkpoint, args.checkpoint_path, args.model, utils.model_arguments(args), args.use_ema
+        checkpoint, args.checkpoint_path, args.model, command_line.model_arguments(args), args.use_ema
     )
     gflops = exit_gflops(model)
     check_flops(utils.Results.of(checkpoint).flops, gflops)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 
-import utils
+import command_line
 from engine import Precision
 from models import Adaptive
 from models.cost import token_gflops
@@ -46,7 +46,9 @@ class Spec(NamedTuple):
         if not timm.is_model(name):
             close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
             raise ValueError(f"unknown model {name!r}" + (f"; there are {close}" if close else ""))
-        return cls(text, name, utils.key_values(name, re.split(r",(?![^\[]*\])", rest) if rest else []))
+        return cls(
+            text, name, command_line.key_values(name, re.split(r",(?![^\[]*\])", rest) if rest else [])
+        )
 
 
 class Options(NamedTuple):

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+import command_line
 import datasets
 import utils
 from engine import cascade
@@ -186,9 +187,9 @@ def parse_baseline(text: str) -> tuple[str, float, float]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = utils.Parser(description=__doc__.split("\n")[0])
+    parser = command_line.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    utils.add_model_arguments(parser)
+    command_line.add_model_arguments(parser)
     add("--resume", "--checkpoint_path", metavar="FILE", required=True, help="checkpoint")
     add("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
     add("--output_dir", default="test_img", metavar="DIR", help="where pictures go")
@@ -216,7 +217,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=64)
     workers = min(8, os.cpu_count() or 1)
     add("--num_workers", "--workers", type=int, default=workers, help="loading processes of --per-class")
-    utils.add_bad_images(parser)
+    command_line.add_bad_images(parser)
     add("--threshold", type=float, default=0.7, help="confidence that lets an image leave early")
     add("--columns", type=int, default=2, help="of the contact sheet")
     add("--seed", type=int, default=0, help="of the random draw")
@@ -253,14 +254,14 @@ def main() -> None:
         return draw_stored_curve(args, folder)
     if args.per_class and (args.images or not args.data_path):
         raise ValueError("--per-class needs labelled images: --data-path DIR, without --images")
-    utils.check_range("--threshold", args.threshold, 0, 1)
-    utils.check_range("--num-images", args.num_images, 1)
-    utils.check_range("--batch-size", args.batch_size, 1)
-    utils.check_range("--max-bad-images", args.max_bad_images, 0)
-    utils.check_range("--columns", args.columns, 1)
+    command_line.check_range("--threshold", args.threshold, 0, 1)
+    command_line.check_range("--num-images", args.num_images, 1)
+    command_line.check_range("--batch-size", args.batch_size, 1)
+    command_line.check_range("--max-bad-images", args.max_bad_images, 0)
+    command_line.check_range("--columns", args.columns, 1)
     checkpoint = utils.load_checkpoint(args.resume)
     model, _, _ = model_from_checkpoint(
-        checkpoint, args.resume, args.model, utils.model_arguments(args), args.use_ema
+        checkpoint, args.resume, args.model, command_line.model_arguments(args), args.use_ema
     )
     model.to(context.device)
     config = datasets.data_config(model.recipe, checkpoint)
@@ -308,4 +309,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_command(main)
+    command_line.run_command(main)

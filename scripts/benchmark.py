@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import command_line  # noqa: E402
 import loader_speed  # noqa: E402
 import utils  # noqa: E402
 from engine import Precision  # noqa: E402
@@ -47,7 +48,7 @@ LISTS = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = utils.Parser(description=__doc__.split("\n")[0])
+    parser = command_line.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add(
         "--models",
@@ -68,7 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--num_workers", "--workers", type=int, default=min(8, os.cpu_count() or 1), help="loading processes")
     add("--device", help="default: cuda if there is one, else cpu")
     add("--amp", default="none", choices=("none", "bf16", "fp16"), help="autocast")
-    utils.add_compile(parser)
+    command_line.add_compile(parser)
     add("--train", action="store_true", help="time training steps instead of inference")
     add("--threads", type=int, help="of the CPU; default: PyTorch's choice")
     add("--repeats", type=int, default=5, help="timed samples of each model")
@@ -91,9 +92,9 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Spec]
     for name in ("repeats", "threads", "max_batch", "img_size", "warmup", "seconds", "num_workers"):
         if getattr(args, name) is not None:
             low = 0 if name in ("warmup", "seconds", "num_workers") else 1
-            utils.check_range(f"--{name.replace('_', '-')}", getattr(args, name), low)
+            command_line.check_range(f"--{name.replace('_', '-')}", getattr(args, name), low)
     if args.exit_share is not None:
-        utils.check_range("--exit-share", args.exit_share, 0, 1)
+        command_line.check_range("--exit-share", args.exit_share, 0, 1)
     sizes: list[int | str] = []
     for text in args.batch_size:
         if text != "auto" and not (text.isdecimal() and int(text)):
@@ -193,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_command(main)
+    command_line.run_command(main)

@@ -16,6 +16,7 @@ from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import command_line  # noqa: E402
 import utils  # noqa: E402
 from pictures import Line, draw_curve  # noqa: E402
 from utils import log  # noqa: E402
@@ -88,7 +89,7 @@ def make(system: System, data: Path, output: Path) -> Path:
 
 
 def main() -> None:
-    parser = utils.Parser(description=__doc__.split("\n")[0])
+    parser = command_line.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("data/digits"), help="from scripts/make_digits.py")
     parser.add_argument("--output", type=Path, default=Path("output/compare"))
     args = parser.parse_args()
@@ -130,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_command(main)
+    command_line.run_command(main)

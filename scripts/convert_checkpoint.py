@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import command_line  # noqa: E402
 import utils  # noqa: E402
 from datasets import data_config  # noqa: E402
 from models.cost import exit_gflops  # noqa: E402
@@ -20,13 +21,13 @@ from models.weights import model_from_checkpoint  # noqa: E402
 from utils import log  # noqa: E402
 
 
-def make_parser() -> utils.Parser:
-    parser = utils.Parser(description=__doc__.split("\n")[0])
+def make_parser() -> command_line.Parser:
+    parser = command_line.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("input", metavar="INPUT", help="the checkpoint to convert")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="a new file, .pth or .safetensors")
     parser.add_argument("--use-ema", action="store_true", help="take the averaged weights")
     parser.add_argument("--classes", metavar="FILE", help="class names, one a line, in the model's order")
-    utils.add_model_arguments(parser)
+    command_line.add_model_arguments(parser)
     return parser
 
 
@@ -55,7 +56,7 @@ def main() -> None:
         raise ValueError(f"{args.output} is there already: remove it or name another")
     found = utils.load_checkpoint(args.input)
     model, name, kwargs = model_from_checkpoint(
-        found, args.input, args.model, utils.model_arguments(args), args.use_ema
+        found, args.input, args.model, command_line.model_arguments(args), args.use_ema
     )
     names = class_names(args.classes, model.num_classes) if args.classes else found.get("class_names")
     # What a published file says of itself stays, but its GFLOPs are those that this code runs.
@@ -69,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_command(main)
+    command_line.run_command(main)

@@ -22,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import archives  # noqa: E402
+import command_line  # noqa: E402
 import datasets  # noqa: E402
 import utils  # noqa: E402
 from utils import log  # noqa: E402
@@ -147,7 +148,7 @@ def convert(
 
 
 def parse() -> argparse.Namespace:
-    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--dir", required=True, type=Path, metavar="DIR", help="folder with train/CLASS/IMAGE and val/")
     add("--output", type=Path, metavar="DIR", help="where SPLIT.lmdb go; default: --dir")
@@ -164,7 +165,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    utils.check_range("--num_workers", args.num_workers, 1)
+    command_line.check_range("--num_workers", args.num_workers, 1)
     utils.start_logging(utils.Context(torch.device("cpu"), 0, 1))
     folders = {split: datasets.build_dataset("IMNET", args.dir, split) for split in args.splits}
     output = args.output or args.dir
@@ -174,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_command(main)
+    command_line.run_command(main)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import command_line  # noqa: E402
 import datasets  # noqa: E402
 import utils  # noqa: E402
 from models import AdaptiveViT  # noqa: E402
@@ -169,7 +170,7 @@ def plan(data: datasets.Folder, output: Path, record: dict) -> list[tuple[int, P
 
 
 def parse() -> argparse.Namespace:
-    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", metavar="NAME", help="model of timm or of this project; default: the checkpoint's")
     add("--checkpoint", metavar="FILE", help="its weights; default: those that timm publishes")
@@ -180,7 +181,7 @@ def parse() -> argparse.Namespace:
     add("--img-size", type=int, metavar="PX", help="side of the model input; default: the model's")
     add("--batch-size", type=int, default=64, metavar="N")
     add("--num_workers", "--workers", type=int, default=4, metavar="N", help="loading processes (4)")
-    utils.add_bad_images(parser)
+    command_line.add_bad_images(parser)
     add("--device", help="default: cuda if there is one, else cpu")
     return parser.parse_args()
 
@@ -190,13 +191,13 @@ def main() -> None:
     args = parse()
     limits = {"top_k": 1, "size": 1, "batch_size": 1, "num_workers": 0, "max_bad_images": 0}
     for name, least in limits.items():
-        utils.check_range(f"--{name.replace('_', '-')}", getattr(args, name), least)
+        command_line.check_range(f"--{name.replace('_', '-')}", getattr(args, name), least)
     if args.img_size is not None:
-        utils.check_range("--img-size", args.img_size, 1)
+        command_line.check_range("--img-size", args.img_size, 1)
     device = utils.start(args.device).device
     model, config, checkpoint = load_classifier(args.model, args.checkpoint, args.img_size)
     classes = model.num_classes
-    utils.check_range("--top-k", args.top_k, 1, classes)
+    command_line.check_range("--top-k", args.top_k, 1, classes)
 
     # The whole image, not the centre that is cut out in evaluation; the aspect ratio is given up for it.
     look = {key: config[key] for key in ("mean", "std", "interpolation")} | {
@@ -235,4 +236,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_command(main)
+    command_line.run_command(main)

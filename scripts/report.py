@@ -9,6 +9,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import command_line  # noqa: E402
 import utils  # noqa: E402
 
 PASS = {"focus": 6.0, "coverage": 90.0, "accuracy": 99.0, "cost": 75.0}
@@ -59,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_command(main)
+    command_line.run_command(main)

@@ -29,6 +29,7 @@ except ImportError:  # only submitting needs it: --help and the tests of the fla
 SCRIPTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(SCRIPTS.parent))
 import arguments  # noqa: E402
+import command_line  # noqa: E402
 import main_deit  # noqa: E402
 import utils  # noqa: E402
 
@@ -89,7 +90,7 @@ class Training:
 
 def make_parser() -> argparse.ArgumentParser:
     # Without abbreviations: they could be flags of main_deit.py.
-    parser = utils.Parser(
+    parser = command_line.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
@@ -125,7 +126,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     rest += argv[end + 1 :]
     # Slurm would send its signal at once if there were not more time than it comes early.
     for name, least in dict(nodes=1, ngpus=1, timeout=3, mem_per_gpu=1, cpus_per_task=1).items():
-        utils.check_range(f"--{name.replace('_', '-')}", getattr(args, name), least)
+        command_line.check_range(f"--{name.replace('_', '-')}", getattr(args, name), least)
     theirs = arguments.make_parser().parse_args(rest)
     if theirs.resume is None:  # otherwise it reads the file, which another job may still have to write
         arguments.parse(rest)
@@ -232,4 +233,4 @@ def main() -> None:
 if __name__ == "__main__":
     import submit_slurm  # tasks know Training by this module's name, not as __main__
 
-    utils.run_command(submit_slurm.main)
+    command_line.run_command(submit_slurm.main)

@@ -24,6 +24,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import command_line  # noqa: E402
 import utils  # noqa: E402
 
 # Everything random is on; checkpoints come at other steps than updates and epochs.
@@ -34,7 +35,7 @@ TRAIN = (
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = utils.Parser(description=__doc__.split("\n")[0])
+    parser = command_line.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--kills", type=int, default=20)
     add("--workers", type=int, default=1, help="loading processes")
@@ -114,7 +115,7 @@ def differences(first: Path, second: Path) -> list[str]:
 
 def main() -> None:
     args = make_parser().parse_args()
-    utils.check_range("--kills", args.kills, 1)
+    command_line.check_range("--kills", args.kills, 1)
     random.seed(args.seed)
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
@@ -140,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_command(main)
+    command_line.run_command(main)

@@ -20,9 +20,10 @@ import pytest
 import timm
 import torch
 from cases import ROOT
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
+import command_line
 import utils
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -32,7 +33,7 @@ QUIET = settings(
     deadline=None,
     derandomize="FUZZ_CASES" not in os.environ,
     database=None,
-    phases=[Phase.generate],  # cases are small already
+    phases=[Phase.explicit, Phase.generate],  # cases are small already
     suppress_health_check=list(HealthCheck),
 )
 COUNTS: Counter[str] = Counter()
@@ -132,7 +133,7 @@ def call(name: str, argv: list[str]) -> tuple[int, str]:
     code = 0
     try:
         with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
-            utils.run_command(importlib.import_module(name).main)
+            command_line.run_command(importlib.import_module(name).main)
     except SystemExit as end:
         code = end.code
     finally:
@@ -243,6 +244,14 @@ SHARES = st.floats(0, 1, exclude_max=True)
     value=st.integers(0, 255),
     entry=st.sampled_from(range(len(VALUES))),
     remove=st.booleans(),
+)
+@example(
+    reader=("main_deit", "--resume={checkpoint} --epochs=3"),
+    how="entry",
+    path=[0.7534, 0.7534, 0.1957],  # an option of the optimizer
+    value=0,
+    entry=12,
+    remove=False,
 )
 def test_any_checkpoint(
     reader: tuple[str, str], how: str, path: list[float], value: int, entry: int, remove: bool,

@@ -16,6 +16,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+import command_line
 import models  # noqa: F401  (registers the models)
 import utils
 from models.weights import create_model, initialise_from, load_weights, model_from_checkpoint
@@ -360,20 +361,20 @@ def test_generators_continue_from_a_file(tmp_path: Path) -> None:
 
 def test_model_kwargs_take_json_and_words() -> None:
     parser = argparse.ArgumentParser()
-    utils.add_model_arguments(parser)
+    command_line.add_model_arguments(parser)
     argv = "--alpha 0.5 --model-kwargs depth=3 init=deit mlp_ratio=2.5 qkv_bias=false".split()
-    found = utils.model_arguments(parser.parse_args(argv))
+    found = command_line.model_arguments(parser.parse_args(argv))
     assert found == {"alpha": 0.5, "depth": 3, "init": "deit", "mlp_ratio": 2.5, "qkv_bias": False}
     with pytest.raises(ValueError, match="depth"):
-        utils.model_arguments(parser.parse_args(["--model-kwargs", "depth"]))
+        command_line.model_arguments(parser.parse_args(["--model-kwargs", "depth"]))
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), float("inf")])
 def test_values_out_of_range(value: float) -> None:
     with pytest.raises(ValueError, match="--threshold"):
-        utils.check_range("--threshold", value, 0, 1)
-    utils.check_range("--threshold", 0, 0, 1)
-    utils.check_range("--threshold", 1, 0, 1)
+        command_line.check_range("--threshold", value, 0, 1)
+    command_line.check_range("--threshold", 0, 0, 1)
+    command_line.check_range("--threshold", 1, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -397,7 +398,7 @@ def test_errors_become_one_line_and_an_exit_code(
 
     monkeypatch.setattr("sys.argv", ["/path/tool.py"])
     with pytest.raises(SystemExit) as caught:
-        utils.run_command(main)
+        command_line.run_command(main)
     assert caught.value.code == code
     assert capsys.readouterr().err.splitlines() == [line]
 
@@ -407,4 +408,4 @@ def test_own_mistakes_keep_their_traceback() -> None:
         raise KeyError("bug")
 
     with pytest.raises(KeyError):
-        utils.run_command(main)
+        command_line.run_command(main)
