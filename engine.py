@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from datasets import Shard, to_device
+from loaders import Shard, to_device
 from models import Adaptive, StageOutput
 from models.cost import token_gflops
 from models.exits import Predictions, confidence
@@ -291,7 +291,7 @@ def predict(
 
     Args:
         model: not wrapped.
-        loader: over a `datasets.Shard`.
+        loader: over a `loaders.Shard`.
         precision: device and autocast type.
         on_batch: called with this process's images and outputs.
     """

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
 import datasets
+import loaders
 from engine import Precision
 from loaders import AS_BYTES, OnDevice
 from models.weights import baseline_model
@@ -111,7 +112,7 @@ def batches_of(
     if way.on_device:
         erasing = {name: AUGMENTATION[name] for name in ERASING if way.training}
         return iter(OnDevice(loader, device, config, **erasing))
-    return (datasets.to_device(batch, device) for batch in loader)
+    return (loaders.to_device(batch, device) for batch in loader)
 
 
 def rates(

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoints
 import command_line
 import datasets
+import loaders
 import utils
 from arguments import augmentation, mixes, model_kwargs, parse
 from checks import damage_told
@@ -207,7 +208,7 @@ def main() -> None:
         loading |= dict(prefetch_factor=args.prefetch_factor, persistent_workers=args.persistent_workers)
     bad_list = folder / "bad_images.txt" if folder else None
     share = (context.rank, context.world) if args.dist_eval and not args.demo else (0, 1)
-    val_loader = datasets.eval_loader(
+    val_loader = loaders.eval_loader(
         valset,
         int(1.5 * args.batch_size),
         rank=share[0],
@@ -237,7 +238,7 @@ def main() -> None:
             model.img_size, config, no_aug=args.no_aug, **augmentation(args), **ending
         )
     readable = Readable(trainset, args.max_bad_images, bad_list)
-    train_loader = datasets.train_loader(
+    train_loader = loaders.train_loader(
         readable,
         args.batch_size,
         repeats=3 if args.repeated_aug else 1,

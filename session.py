@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import command_line
 import datasets
+import loaders
 import utils
 from engine import Precision, predict
 from loaders import AS_BYTES, OnDevice
@@ -55,7 +56,7 @@ class Session(NamedTuple):
     def loader(self, dataset: Dataset) -> DataLoader | OnDevice:
         context, args = self.context, self.args
         beside = args.results or args.output
-        loader = datasets.eval_loader(
+        loader = loaders.eval_loader(
             dataset,
             args.batch_size,
             args.num_workers,

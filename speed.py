@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datasets import to_device
 from engine import Precision, cascade
+from loaders import to_device
 from models import Adaptive
 from models.cost import exit_gflops
 from models.exits import confidence, force_exits

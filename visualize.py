@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import command_line
 import datasets
+import loaders
 import utils
 from engine import cascade
 from models import Adaptive
@@ -288,10 +289,10 @@ def main() -> None:
     thresholds = [args.threshold] * (model.num_exits - 1)
     bad = dict(max_bad=args.max_bad_images, bad_list=folder / "bad_images.txt")
     if args.per_class:
-        loader = datasets.eval_loader(dataset, args.batch_size, args.num_workers, **bad)
+        loader = loaders.eval_loader(dataset, args.batch_size, args.num_workers, **bad)
         return draw_classes(model, loader, config, thresholds, folder, classes, args.columns)
     if args.max_bad_images:
-        indices = datasets.readable(datasets.Shard(dataset, **bad), indices)
+        indices = loaders.readable(loaders.Shard(dataset, **bad), indices)
     items = explain(model, dataset, indices, config, thresholds, args.batch_size, labelled=not args.images)
     folder.mkdir(parents=True, exist_ok=True)
     for number, (index, item) in enumerate(zip(indices, items, strict=True), 1):

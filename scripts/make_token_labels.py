@@ -25,6 +25,7 @@ from torch.utils.data import Subset
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import command_line  # noqa: E402
 import datasets  # noqa: E402
+import loaders  # noqa: E402
 import utils  # noqa: E402
 from models import AdaptiveViT  # noqa: E402
 from models.token_labels import label_path  # noqa: E402
@@ -219,7 +220,7 @@ def main() -> None:
     dtype = torch.float16 if classes <= LARGEST_HALF else torch.float32
     bad, done = dict(max_bad=args.max_bad_images, bad_list=args.output / "bad_images.txt"), 0
     images = Subset(data, [i for i, _ in todo])
-    loader = datasets.eval_loader(images, args.batch_size, args.num_workers, **bad)
+    loader = loaders.eval_loader(images, args.batch_size, args.num_workers, **bad)
     with utils.progress(len(data), initial=len(data) - len(todo)) as bar:
         for images, _ in loader:
             labels = make_labels(cell_logits(model, images.to(device)), args.size, args.top_k).to(dtype).cpu()

@@ -9,6 +9,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import command_line
 import datasets
+import loaders
 import utils
 
 
@@ -25,7 +26,7 @@ def main() -> None:
         for split, epochs in seen[kind].items():
             with utils.main_first(context):
                 data = datasets.build_dataset(split=split, transform=grey, **source)
-            make = datasets.train_loader if split == "train" else datasets.eval_loader
+            make = loaders.train_loader if split == "train" else loaders.eval_loader
             loader = make(data, 3, 2, **share)
             for epoch in range(2):
                 if split == "train":

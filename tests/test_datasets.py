@@ -10,7 +10,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import datasets
-from datasets import DATA_CONFIG, Files, Folder, Shard, build_dataset, eval_loader, train_loader
+from datasets import DATA_CONFIG, Files, Folder, build_dataset
+from loaders import Shard, eval_loader, train_loader
 
 
 def make_images(root: Path, *names: str) -> Path:

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from datasets import Shard
 from engine import Precision, cascade, early_exit, predict
+from loaders import Shard
 from models import Adaptive, StageOutput
 from models.exits import (
     Predictions,

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import loader_speed
-from datasets import DATA_CONFIG, Files, eval_loader, eval_transform, train_transform
+from datasets import DATA_CONFIG, Files, eval_transform, train_transform
 from images import load_image
 from loader_speed import COLUMNS, WAYS, Options, batches_of, compare, rates, write_pictures
-from loaders import AS_BYTES, OnDevice
+from loaders import AS_BYTES, OnDevice, eval_loader
 
 sys.path.insert(0, str(ROOT / "scripts"))
 CPU = torch.device("cpu")

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 
 import checkpoints
 import datasets
+import loaders
 import main_deit
 import utils
 from run import Run
@@ -202,8 +203,8 @@ def test_another_batch_size_goes_on_after_as_many_images(
 def test_random_numbers_of_a_sample_follow_from_its_place(workers: int) -> None:
     """Not from the number of processes, nor from which batches came before."""
     state = torch.get_rng_state()
-    loaders = [datasets.train_loader(Draws(), 4, workers, rank=rank, world=2, seed=5) for rank in range(2)]
-    alone = datasets.train_loader(Draws(), 8, 0, seed=5)
+    loaders = [loaders.train_loader(Draws(), 4, workers, rank=rank, world=2, seed=5) for rank in range(2)]
+    alone = loaders.train_loader(Draws(), 8, 0, seed=5)
     for loader, start in ((loaders[0], 0), (loaders[1], 0), (alone, 0)):
         loader.sampler.set_epoch(3, start)
     batches = list(alone)

@@ -8,8 +8,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from datasets import Shard
 from engine import Precision, Update, predict, train_one_epoch
+from loaders import Shard
 from utils import MainError
 
 CPU = Precision(torch.device("cpu"))
