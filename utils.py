@@ -347,7 +347,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a checkpoint, or needs more than tensors and plain values.
     """
-    found = read_file(Path(path))
+    found = {key: value for key, value in read_file(Path(path)).items() if value is not None}
     for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(found.get(key), dict):
             averaged = found.get("model_ema", found.get("state_dict_ema"))

@@ -203,19 +203,19 @@ def test_another_batch_size_goes_on_after_as_many_images(
 def test_random_numbers_of_a_sample_follow_from_its_place(workers: int) -> None:
     """Not from the number of processes, nor from which batches came before."""
     state = torch.get_rng_state()
-    loaders = [loaders.train_loader(Draws(), 4, workers, rank=rank, world=2, seed=5) for rank in range(2)]
+    both = [loaders.train_loader(Draws(), 4, workers, rank=rank, world=2, seed=5) for rank in range(2)]
     alone = loaders.train_loader(Draws(), 8, 0, seed=5)
-    for loader, start in ((loaders[0], 0), (loaders[1], 0), (alone, 0)):
+    for loader, start in ((both[0], 0), (both[1], 0), (alone, 0)):
         loader.sampler.set_epoch(3, start)
     batches = list(alone)
-    parts = [list(loader) for loader in loaders]
+    parts = [list(loader) for loader in both]
     assert [len(values.unique()) for values in torch.cat(batches).T] == [24] * 4
     for step, batch in enumerate(batches):
         assert torch.equal(batch[0::2], parts[0][step]) and torch.equal(batch[1::2], parts[1][step])
-    loaders[0].sampler.set_epoch(3, 8)
-    assert torch.equal(next(iter(loaders[0])), parts[0][2])
-    loaders[0].sampler.set_epoch(4)
-    assert not {row[0].item() for row in next(iter(loaders[0]))} & {row[0].item() for row in parts[0][0]}
+    both[0].sampler.set_epoch(3, 8)
+    assert torch.equal(next(iter(both[0])), parts[0][2])
+    both[0].sampler.set_epoch(4)
+    assert not {row[0].item() for row in next(iter(both[0]))} & {row[0].item() for row in parts[0][0]}
     assert torch.equal(torch.get_rng_state(), state)
 
 
