@@ -1,4 +1,4 @@
-"""Distributed set-up, checkpoints, results, logging and what the command lines share."""
+"""Distributed set-up, checkpoints, results and logging."""
 
 import argparse
 import dataclasses

@@ -265,7 +265,7 @@ def test_packed_equals_masked_on_cuda(dtype: torch.dtype) -> None:
     qkv = torch.randn(3, sum(lengths), 2, 32, device="cuda", dtype=dtype)
     expected = attend_packed(*qkv.float().cpu(), lengths)
     assert_close(attend_packed(*qkv, lengths).float().cpu(), expected, atol=rounding, rtol=0)
-    model, images = spread(embed_dim=48).cuda().to(dtype), pictures(5).cuda().to(dtype)
+    model, images = (x.to("cuda", dtype) for x in (spread(embed_dim=48), pictures(5)))
     found, expected = model(images)[0], masked(model, images)
     assert (found.info["depth"] != expected.info["depth"]).float().mean() < 0.05
     assert_close(found.logits, expected.logits, atol=10 * rounding, rtol=0)
