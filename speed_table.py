@@ -80,7 +80,7 @@ class Subject:
 
     def __init__(self, spec: Spec, img_size: int | None, device: torch.device):
         self.text = spec.text
-        self.model: Adaptive = baseline_model(spec.name, img_size=img_size, **spec.kwargs)
+        self.model: Adaptive = baseline_model(spec.name, **({"img_size": img_size} | spec.kwargs))
         self.gflops = count_gflops(self.model, spec.text)
         self.model.to(device)
 

@@ -33,7 +33,7 @@ class OneStage(Adaptive):
 
     def __init__(self, model: nn.Module, img_size: int):
         super().__init__()
-        self.model, self.img_size = model, img_size
+        self.model, self.img_size, self.num_classes = model, img_size, model.num_classes
 
     def stage(self, k: int, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:
         return StageOutput(self.model(images), {})
