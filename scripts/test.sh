@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv if needed and runs the tests; arguments go to pytest. About 5 minutes on 2 CPU cores.
+# Sets up .venv if needed and runs the tests; arguments go to pytest. About 8 minutes on 2 CPU cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/env.sh
