@@ -56,15 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("data", nargs="?", metavar="DIR", help="another way to give --data-path")
     add("--data-path", "--data_url", metavar="DIR", help="folder with train/ and val/")
-    add(
-        "--data-set",
-        default="IMNET",
-        type=datasets.data_set_name,
-        metavar="NAME",
-        help=f"{', '.join(datasets.DATA_SETS)}, wds/NAME or hfds/NAME; IMNET is any tree of class folders",
-    )
-    add("--use-lmdb", action="store_true", help="read DIR/train.lmdb, see scripts/folder2lmdb.py")
-    add("--inat-category", default="name", choices=datasets.INAT_CATEGORIES)
+    datasets.add_data_arguments(group)
     add("--token-label", action="store_true", help="train on token labels, for models that take them")
     add("--token-label-data", metavar="DIR", help="their folder, see scripts/make_token_labels.py")
     add("--download", action="store_true", help="fetch CIFAR if it is not there")

@@ -236,6 +236,15 @@ def data_set_name(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(DATA_SETS)}, wds/NAME, hfds/NAME")
 
 
+def add_data_arguments(parser: argparse._ActionsContainer) -> None:
+    """Adds the flags that say what the data folder holds."""
+    names = f"{', '.join(DATA_SETS)}, wds/NAME or hfds/NAME; IMNET is any tree of class folders"
+    parser.add_argument("--data-set", default="IMNET", type=data_set_name, metavar="NAME", help=names)
+    lmdb = "read DIR/SPLIT.lmdb, see scripts/folder2lmdb.py"
+    parser.add_argument("--use-lmdb", action="store_true", help=lmdb)
+    parser.add_argument("--inat-category", default="name", choices=INAT_CATEGORIES)
+
+
 def check_classes(dataset: Dataset, num_classes: int) -> None:
     """Raises ValueError where the classes of a data set cannot be those of a model.
 

@@ -53,15 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="; ".join(f"{k} {v}" for k, v in MODES.items()),
     )
     add("--data_url", "--data-path", default="./data", metavar="DIR", help="data folder")
-    add(
-        "--data-set",
-        default="IMNET",
-        type=datasets.data_set_name,
-        metavar="NAME",
-        help=f"{', '.join(datasets.DATA_SETS)}, wds/NAME or hfds/NAME",
-    )
-    add("--use-lmdb", action="store_true", help="read DIR/SPLIT.lmdb, see scripts/folder2lmdb.py")
-    add("--inat-category", default="name", choices=datasets.INAT_CATEGORIES)
+    datasets.add_data_arguments(parser)
     add("--split", default="val", help="folder of the data set to evaluate on")
     add("--batch_size", "--batch-size", type=int, default=64)
     add("--num_workers", "--workers", type=int, default=min(8, os.cpu_count() or 1), help="loading processes")

@@ -195,15 +195,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
     add("--output_dir", default="test_img", metavar="DIR", help="where pictures go")
     add("--data-path", "--data_url", metavar="DIR", help="data folder")
-    add(
-        "--data-set",
-        default="IMNET",
-        type=datasets.data_set_name,
-        metavar="NAME",
-        help=f"{', '.join(datasets.DATA_SETS)}, wds/NAME or hfds/NAME",
-    )
-    add("--use-lmdb", action="store_true", help="read DIR/SPLIT.lmdb, see scripts/folder2lmdb.py")
-    add("--inat-category", default="name", choices=datasets.INAT_CATEGORIES)
+    datasets.add_data_arguments(parser)
     add("--split", default="val", help="folder of the data set")
     add("--images", "--img-path", metavar="PATH", help="an image or a folder of images instead of a data set")
     add("--save-name", metavar="FILE", help="name of the picture of a single image")
