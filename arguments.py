@@ -3,11 +3,11 @@
 import argparse
 from pathlib import Path
 
-import checkpoints
 import command_line
 import datasets
 import utils
-from checks import check_arguments
+from checkpointing import folder as checkpoints
+from checkpointing.schema import check_arguments
 from models import recipe_of
 from models.a_vit import model_from_name
 

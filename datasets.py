@@ -15,10 +15,10 @@ from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from archives import Lmdb, Shards
-from hugging_face import HuggingFace
-from images import load_image
-from models.token_labels import label_path, load_label
+from loading.archives import Lmdb, Shards
+from loading.hugging_face import HuggingFace
+from loading.images import load_image
+from loading.token_labels import label_path, load_label
 
 DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "CIFAR100", "INAT", "INAT19")
 log = logging.getLogger("adaptive-vit")

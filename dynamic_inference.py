@@ -19,16 +19,16 @@ from torch.utils.data import Dataset
 import command_line
 import datasets
 import utils
-from budgets import SOLVERS, mode_budget, mode_solve, stored_thresholds, with_last
+from benchmarks.timing import Timing, time_pass
 from engine import cascade
+from inference.budgets import SOLVERS, mode_budget, mode_solve, stored_thresholds, with_last
+from inference.session import Session, open_session, show, show_exits, store
+from inference.streaming import ExitStream, all_stages, compile_models
+from inference.thresholds import NEVER
 from models.cost import exit_gflops, token_gflops
 from models.exits import confidence, operating_points, uniform_thresholds
 from models.selection import bounding_box
-from models.thresholds import NEVER
 from models.weights import baseline_model
-from session import Session, open_session, show, show_exits, store
-from speed import Timing, time_pass
-from streaming import ExitStream, all_stages, compile_models
 from utils import log
 
 MODES = {

@@ -16,11 +16,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from loaders import Shard, to_device
+from loading.loaders import Shard, to_device
+from loading.sampler import names_of_batch
 from models import Adaptive, StageOutput
 from models.cost import token_gflops
 from models.exits import Predictions, confidence
-from sampling import names_of_batch
 from utils import MainError, gather, log, sum_over_ranks
 
 

@@ -24,23 +24,23 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoints
 import command_line
 import datasets
-import loaders
 import utils
 from arguments import augmentation, mixes, model_kwargs, parse
-from checks import damage_told
+from benchmarks.timing import report_speed
+from checkpointing import folder as checkpoints
+from checkpointing.run import Run
+from checkpointing.schema import damage_told
 from engine import Precision, Update, predict, train_one_epoch
-from images import Readable
-from loaders import AS_BYTES, OnDevice
+from inference.pictures import contact_sheet
+from loading import loaders
+from loading.images import Readable
+from loading.loaders import AS_BYTES, OnDevice
+from loading.token_labels import PairedTransform, token_targets
 from models import Adaptive, StageOutput
 from models.exits import choose_exits, uniform_thresholds
-from models.token_labels import PairedTransform, token_targets
 from models.weights import create_model, foreign_kwargs, initialise_from, model_from_checkpoint
-from pictures import contact_sheet
-from run import Run
-from speed import report_speed
 from utils import log
 from visualize import draw_classes, explain
 

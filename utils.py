@@ -23,7 +23,7 @@ from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor
 from tqdm import tqdm
 
-from checks import CHECKPOINT, RESULTS, check
+from checkpointing.schema import CHECKPOINT, RESULTS, check
 
 log = logging.getLogger("adaptive-vit")
 

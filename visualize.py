@@ -21,13 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 
 import command_line
 import datasets
-import loaders
 import utils
 from engine import cascade
+from inference.pictures import Explained, Line, contact_sheet, depth_map, draw_curve, picture, reference
+from loading import loaders
 from models import Adaptive
 from models.exits import confidence
 from models.weights import model_from_checkpoint
-from pictures import Explained, Line, contact_sheet, depth_map, draw_curve, picture, reference
 from utils import log
 
 PICTURED = {"cls_attn", "region", "depth", "tokens"}  # what a picture reads of a stage's info

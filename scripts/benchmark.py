@@ -23,11 +23,11 @@ from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import command_line  # noqa: E402
-import loader_speed  # noqa: E402
 import utils  # noqa: E402
+from benchmarks import loading as loader_speed  # noqa: E402
+from benchmarks.table import COLUMNS, Bench, Options, Row, Spec, title  # noqa: E402
+from benchmarks.timing import cpu_name, device_name, dtype_name  # noqa: E402
 from engine import Precision  # noqa: E402
-from speed import cpu_name, device_name, dtype_name  # noqa: E402
-from speed_table import COLUMNS, Bench, Options, Row, Spec, title  # noqa: E402
 from utils import log  # noqa: E402
 
 LISTS = {

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import command_line  # noqa: E402
 import utils  # noqa: E402
-from pictures import Line, draw_curve  # noqa: E402
+from inference.pictures import Line, draw_curve  # noqa: E402
 from utils import log  # noqa: E402
 
 TWO_STAGE = ["--coarse-only", "0.39", "--select-from", "0"]

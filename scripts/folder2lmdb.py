@@ -21,10 +21,10 @@ import lmdb
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import archives  # noqa: E402
 import command_line  # noqa: E402
 import datasets  # noqa: E402
 import utils  # noqa: E402
+from loading import archives  # noqa: E402
 from utils import log  # noqa: E402
 
 SOURCE = b"__source__"  # tells whether a file is of the same classes, paths and labels

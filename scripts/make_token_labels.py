@@ -25,10 +25,10 @@ from torch.utils.data import Subset
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import command_line  # noqa: E402
 import datasets  # noqa: E402
-import loaders  # noqa: E402
 import utils  # noqa: E402
+from loading import loaders  # noqa: E402
+from loading.token_labels import label_path  # noqa: E402
 from models import AdaptiveViT  # noqa: E402
-from models.token_labels import label_path  # noqa: E402
 from models.weights import load_weights, model_from_checkpoint  # noqa: E402
 
 LARGEST_HALF = 2048  # half precision holds whole numbers up to this one

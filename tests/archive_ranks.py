@@ -9,8 +9,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import command_line
 import datasets
-import loaders
 import utils
+from loading import loaders
 
 
 def grey(image: Image.Image) -> int:

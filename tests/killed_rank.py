@@ -9,7 +9,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import command_line
 import main_deit
-from run import Run
+from checkpointing.run import Run
 
 
 def main() -> None:

@@ -24,12 +24,12 @@ from cases import ROOT, Command, run
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-import archives
 import datasets
 import main_deit
 import utils
-from archives import Lmdb
 from datasets import Folder, build_dataset
+from loading import archives
+from loading.archives import Lmdb
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import folder2lmdb
@@ -120,7 +120,7 @@ def in_archive(kind: str, folder: Path, root: Path) -> tuple[str, Path]:
 
 
 def archives_missing() -> bool:
-    from hugging_face import load_hugging_face
+    from loading.hugging_face import load_hugging_face
 
     try:
         load_hugging_face()
@@ -292,7 +292,7 @@ def test_bad_input_is_one_line_and_code_2(words: str, message: str, command: Com
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, numbered: Path, tmp_path: Path) -> None:
-    import hugging_face
+    from loading import hugging_face
 
     monkeypatch.setattr(hugging_face, "load_hugging_face", hugging_face.load_hugging_face.__wrapped__)
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="pip install 'datasets>=4'"):
@@ -659,7 +659,7 @@ def tables():
     """The package, to make sets with."""
     if archives_missing():
         pytest.skip("the Hugging Face package is not installed")
-    from hugging_face import hugging_face
+    from loading.hugging_face import hugging_face
 
     with hugging_face():
         yield sys.modules["datasets"]

@@ -18,10 +18,10 @@ from test_datasets import make_inat
 
 import command_line
 import datasets
-import images
 from datasets import Folder, TokenLabelled, build_dataset
-from images import BadImageError, BadImages, Readable, load_image
-from loaders import eval_loader
+from loading import images
+from loading.images import BadImageError, BadImages, Readable, load_image
+from loading.loaders import eval_loader
 
 NOISE = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
 

@@ -15,13 +15,13 @@ from PIL import Image
 from timm.models import register_model
 from torch import Tensor
 
-import speed
+from benchmarks import timing as speed
+from benchmarks.table import COLUMNS, Bench, Options, Spec, Subject, operating_points
+from benchmarks.timing import Work, exit_work, largest_batch, latencies, time_in_turn, train_work
 from engine import Precision
 from models import Adaptive, AdaptiveViT, StageOutput
 from models.cost import exit_gflops, token_gflops
 from models.exits import choose_exits, force_exits
-from speed import Work, exit_work, largest_batch, latencies, time_in_turn, train_work
-from speed_table import COLUMNS, Bench, Options, Spec, Subject, operating_points
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark

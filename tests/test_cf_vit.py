@@ -130,7 +130,7 @@ def test_training_outputs_equal_the_published_codes(trained) -> None:
 
 def official_target(meta: dict, expected: dict) -> torch.Tensor:
     """The published code's target [B,K,1+P]: its crop has x and y exchanged, which the box undoes here."""
-    from models.token_labels import token_targets
+    from loading.token_labels import token_targets
 
     label = expected["input.label_map"]
     top, left, height, width = label[:, 2, 0, 0, :4].unbind(-1)

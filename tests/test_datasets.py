@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 import datasets
 from datasets import DATA_CONFIG, Files, Folder, build_dataset
-from loaders import Shard, eval_loader, train_loader
+from loading.loaders import Shard, eval_loader, train_loader
 
 
 def make_images(root: Path, *names: str) -> Path:

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 import datasets
-import loaders
 import models  # noqa: F401  (registers the models)
 import utils
+from inference.pictures import BAR, GAP, HEAD, depth_map, headline, picture
+from loading import loaders
 from models import Adaptive, StageOutput
 from models.a_vit import model_from_name
-from pictures import BAR, GAP, HEAD, depth_map, headline, picture
 from visualize import draw_classes, explain, most_varied
 
 PLAIN = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from engine import Precision, cascade, early_exit, predict
-from loaders import Shard
+from loading.loaders import Shard
 from models import Adaptive, StageOutput
 from models.exits import (
     Predictions,

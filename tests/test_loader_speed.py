@@ -16,11 +16,11 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-import loader_speed
+from benchmarks import loading as loader_speed
+from benchmarks.loading import COLUMNS, WAYS, Options, batches_of, compare, rates, write_pictures
 from datasets import DATA_CONFIG, Files, eval_transform, train_transform
-from images import load_image
-from loader_speed import COLUMNS, WAYS, Options, batches_of, compare, rates, write_pictures
-from loaders import AS_BYTES, OnDevice, eval_loader
+from loading.images import load_image
+from loading.loaders import AS_BYTES, OnDevice, eval_loader
 
 sys.path.insert(0, str(ROOT / "scripts"))
 CPU = torch.device("cpu")

@@ -22,13 +22,13 @@ from cases import ROOT, Command, Ended, run
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-import checkpoints
 import datasets
-import loaders
 import main_deit
 import utils
-from run import Run
-from sampling import names_of_batch
+from checkpointing import folder as checkpoints
+from checkpointing.run import Run
+from loading import loaders
+from loading.sampler import names_of_batch
 
 STEPS = 8  # per epoch
 TRAIN = (
@@ -445,7 +445,7 @@ def test_a_gradient_that_is_not_finite(train: Train, monkeypatch: pytest.MonkeyP
 HOLDER = """
 import sys, time; from pathlib import Path; import os
 sys.path.insert(0, {root!r})
-import checkpoints
+from checkpointing import folder as checkpoints
 lock = checkpoints.open_folder(Path({folder!r}))
 if os.fork():
     print("locked", flush=True)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from engine import Precision, early_exit
+from inference.streaming import ExitStream, all_stages, compile_models, uncompile
 from models.exits import confidence
-from streaming import ExitStream, all_stages, compile_models, uncompile
 
 NAMES = ["lf_deit_nano", "cf_deit_nano", "cf_lvvit_nano", "evit_deit_nano", "dvt_deit_nano", "avit_deit_nano"]
 CPU = Precision(torch.device("cpu"))

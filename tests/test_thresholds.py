@@ -9,8 +9,8 @@ import torch
 from cases import VECTORS
 from safetensors.torch import load_file
 
+from inference.thresholds import NEVER, best_thresholds, geometric_shares, thresholds_for_shares
 from models.exits import Predictions, operating_points
-from models.thresholds import NEVER, best_thresholds, geometric_shares, thresholds_for_shares
 
 CASES = ["dvt_threshold_a", "dvt_threshold_edge_ties"]
 

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 import datasets
 import utils
-from models import AdaptiveViT, token_labels
-from models.token_labels import (
+from loading.token_labels import (
     GEOMETRIC,
     PairedTransform,
     cell_picture,
@@ -31,6 +30,7 @@ from models.token_labels import (
     on_both,
     token_targets,
 )
+from models import AdaptiveViT, token_labels
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import make_token_labels

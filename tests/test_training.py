@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from engine import Precision, Update, predict, train_one_epoch
-from loaders import Shard
+from loading.loaders import Shard
 from utils import MainError
 
 CPU = Precision(torch.device("cpu"))

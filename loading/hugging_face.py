@@ -16,8 +16,8 @@ from typing import Any
 
 from timm.data.readers import create_reader
 
-from archives import Archive
-from images import BadImageError
+from loading.archives import Archive
+from loading.images import BadImageError
 
 
 class HuggingFace(Archive):
@@ -134,7 +134,7 @@ def named_datasets(module: ModuleType) -> Iterator[None]:
 @cache
 def load_hugging_face() -> ModuleType:
     """Imports the package from anywhere but this project's folder, which comes first on the path."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parent.parent
     spec = PathFinder.find_spec("datasets", [path for path in sys.path if Path(path).resolve() != here])
     if spec is None or int(version("datasets").split(".")[0]) < 4:
         raise ValueError(

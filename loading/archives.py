@@ -23,7 +23,7 @@ import torch
 from timm.data.readers import create_reader
 from torch.utils.data import Dataset
 
-from images import load_image
+from loading.images import load_image
 from utils import write_atomically
 
 log = logging.getLogger("adaptive-vit")

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 import utils
+from inference.session import Session, show, show_exits, store
+from inference.thresholds import NEVER, best_thresholds, geometric_shares, thresholds_for_shares
 from models.exits import budget_threshold, operating_points
-from models.thresholds import NEVER, best_thresholds, geometric_shares, thresholds_for_shares
-from session import Session, show, show_exits, store
 
 SOLVERS = {
     "geometric": "DVT's exit shares",

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 
 import command_line
 import datasets
-import loaders
 import utils
 from engine import Precision, predict
-from loaders import AS_BYTES, OnDevice
+from loading import loaders
+from loading.loaders import AS_BYTES, OnDevice
 from models import Adaptive
 from models.cost import exit_gflops
 from models.exits import Predictions

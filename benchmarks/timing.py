@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from engine import Precision, cascade
-from loaders import to_device
+from inference.streaming import ExitStream
+from loading.loaders import to_device
 from models import Adaptive
 from models.cost import exit_gflops
 from models.exits import confidence, force_exits
-from streaming import ExitStream
 from utils import log
 
 POOL = 50  # images over which a share of exits is counted: one batch of one image has no share

@@ -12,12 +12,21 @@ import timm
 import torch
 
 import command_line
+from benchmarks.timing import (
+    Work,
+    count_gflops,
+    exit_work,
+    largest_batch,
+    latencies,
+    one_line,
+    time_in_turn,
+    train_work,
+)
 from engine import Precision
+from inference.streaming import compile_models, uncompile
 from models import Adaptive
 from models.cost import token_gflops
 from models.weights import baseline_model
-from speed import Work, count_gflops, exit_work, largest_batch, latencies, one_line, time_in_turn, train_work
-from streaming import compile_models, uncompile
 from utils import log
 
 COLUMNS = """

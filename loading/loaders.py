@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, default_collate
 from torchvision.transforms.functional import normalize
 
-from images import BadImageError, BadImages
-from sampling import Drawn, Order, ignore_signals
+from loading.images import BadImageError, BadImages
+from loading.sampler import Drawn, Order, ignore_signals
 
 log = logging.getLogger("adaptive-vit")
 AS_BYTES = dict(use_prefetcher=True)  # timm's name for a transform that ends before normalisation

@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-import checkpoints
 import utils
-from checks import load_optimizer
+from checkpointing import folder as checkpoints
+from checkpointing.schema import load_optimizer
 from engine import Progress, Update
 from models.weights import load_weights
 from utils import log

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
 import datasets
-import loaders
+from benchmarks.table import Spec
+from benchmarks.timing import synchronize
 from engine import Precision
-from loaders import AS_BYTES, OnDevice
+from loading import loaders
+from loading.loaders import AS_BYTES, OnDevice
 from models.weights import baseline_model
-from speed import synchronize
-from speed_table import Spec
 from utils import log
 
 COLUMNS = """

@@ -1,0 +1,1 @@
+"""How fast models and loaders are, always beside a baseline in the same process."""
