@@ -282,3 +282,24 @@ def make_transform(img_size: int, **options: Any) -> Callable:
     except (AssertionError, AttributeError, KeyError, NotImplementedError, TypeError) as error:
         told = ", ".join(f"{name} {value}" for name, value in options.items() if isinstance(value, str))
         raise ValueError(f"timm makes no transform of {told} ({type(error).__name__} {error})") from error
+
+
+def add_bad_images(parser: argparse.ArgumentParser) -> None:
+    """Adds --max-bad-images, see images.BadImages."""
+    parser.add_argument(
+        "--max-bad-images",
+        type=int,
+        default=0,
+        metavar="N",
+        help="go on without so many images per split that cannot be read; they are counted, and listed in"
+        " bad_images.txt",
+    )
+
+
+def add_device_normalize(parser: argparse.ArgumentParser) -> None:
+    """Adds --device-normalize, see loaders.OnDevice."""
+    parser.add_argument(
+        "--device-normalize",
+        action="store_true",
+        help="move images as bytes, a quarter of what floats take, and normalise them on the device",
+    )

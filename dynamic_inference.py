@@ -16,15 +16,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-import command_line
 import datasets
 import utils
 from benchmarks.timing import Timing, time_pass
+from checkpointing.format import Results, load_checkpoint, load_json
 from engine import cascade
+from inference import streaming
 from inference.budgets import SOLVERS, mode_budget, mode_solve, stored_thresholds, with_last
 from inference.session import Session, open_session, show, show_exits, store
 from inference.streaming import ExitStream, all_stages, compile_models
 from inference.thresholds import NEVER
+from models import flags
 from models.cost import exit_gflops, token_gflops
 from models.exits import confidence, operating_points, uniform_thresholds
 from models.selection import bounding_box
@@ -40,9 +42,9 @@ MODES = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = command_line.Parser(description=__doc__.split("\n")[0])
+    parser = utils.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    command_line.add_model_arguments(parser)
+    flags.add_model_arguments(parser)
     add("--checkpoint_path", "--resume", metavar="FILE", required=True)
     add("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
     add(
@@ -57,13 +59,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--split", default="val", help="folder of the data set to evaluate on")
     add("--batch_size", "--batch-size", type=int, default=64)
     add("--num_workers", "--workers", type=int, default=min(8, os.cpu_count() or 1), help="loading processes")
-    command_line.add_bad_images(parser)
-    command_line.add_device_normalize(parser)
+    datasets.add_bad_images(parser)
+    datasets.add_device_normalize(parser)
     add("--threshold", type=float, default=0.5, help="confidence that lets an image leave early, 0 to 1")
     add("--repeats", type=int, default=3, help="mode 2: timed passes over the data")
     add("--warmup", type=int, default=3, help="mode 2: untimed batches before each pass")
     add("--baseline", metavar="MODEL", help="mode 2: time this model, unexited, on the same images in turn")
-    command_line.add_compile(parser)
+    streaming.add_compile(parser)
     add("--sweep", action="store_true", help="mode 1: sweep even if the checkpoint has thresholds")
     add("--budget", type=float, metavar="GFLOPS", help="find the threshold for this mean cost")
     add(
@@ -150,7 +152,7 @@ def mode_exits(session: Session) -> None:
         extra["region_coverage"] = coverage.mean()
         if session.context.is_main:
             print(f"\nthe region covers {extra['region_coverage']:.1f} % of an object's box on average")
-    store(session, utils.Results(flops=session.gflops, anytime_classification=accuracy), extra)
+    store(session, Results(flops=session.gflops, anytime_classification=accuracy), extra)
 
 
 def mode_sweep(session: Session) -> None:
@@ -173,7 +175,7 @@ def mode_sweep(session: Session) -> None:
         if session.model.num_exits > 1:
             show(title, ["threshold", "mean GFLOPs", "top-1 %", *leaving], rows)
     budgeted = [curve.gflops.tolist(), curve.accuracy.tolist()]
-    store(session, utils.Results(session.gflops, accuracy, budgeted, with_last(thresholds)), {})
+    store(session, Results(session.gflops, accuracy, budgeted, with_last(thresholds)), {})
 
 
 def mode_vary(session: Session) -> None:
@@ -193,7 +195,7 @@ def mode_vary(session: Session) -> None:
     if session.context.is_main:
         show(f"{name} after training", [name, "mean GFLOPs", "top-1 %"], rows)
     _, costs, accuracy = zip(*rows, strict=True)
-    results = utils.Results(budgeted_batch_classification=[list(costs), list(accuracy)])
+    results = Results(budgeted_batch_classification=[list(costs), list(accuracy)])
     store(session, results, {"varied": {name: [row[0] for row in rows]}})
 
 
@@ -266,7 +268,7 @@ def mode_timed(session: Session) -> None:
         if plain:
             saved = baseline_gflops / mean_gflops
             print(f"\nspeed-up {extra['speedup']:.2f}x over {args.baseline}, GFLOPs saved {saved:.2f}x")
-    store(session, utils.Results(flops=session.gflops), {"timed": extra})
+    store(session, Results(flops=session.gflops), {"timed": extra})
 
 
 def speeds(passes: list, context: utils.Context) -> list[Any]:
@@ -335,8 +337,8 @@ def write_csv(table: list[list], path: Path) -> None:
 
 def mode_stored(args: argparse.Namespace) -> None:
     """Mode 3: what the checkpoint holds; needs neither data nor a model."""
-    checkpoint = utils.load_checkpoint(args.checkpoint_path)
-    results = utils.Results.of(utils.load_json(args.results) if args.results else checkpoint)
+    checkpoint = load_checkpoint(args.checkpoint_path)
+    results = Results.of(load_json(args.results) if args.results else checkpoint)
     print(f"{args.checkpoint_path}: {checkpoint.get('model_name', 'no model name')}")
     for name in ("epoch", "best", "model_kwargs", "data_config"):
         if name in checkpoint:
@@ -351,14 +353,14 @@ def mode_stored(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = make_parser().parse_args()
-    command_line.check_range("--threshold", args.threshold, 0, 1)
+    utils.check_range("--threshold", args.threshold, 0, 1)
     for name in ("batch_size", "repeats", "calibration_images"):
-        command_line.check_range(f"--{name}", getattr(args, name), 1)
-    command_line.check_range("--max-bad-images", args.max_bad_images, 0)
+        utils.check_range(f"--{name}", getattr(args, name), 1)
+    utils.check_range("--max-bad-images", args.max_bad_images, 0)
     if args.boxes and args.max_bad_images:
         raise ValueError("--boxes needs every image: not with --max-bad-images")
     if args.budget is not None:
-        command_line.check_range("--budget", args.budget, 0)
+        utils.check_range("--budget", args.budget, 0)
         if args.solve == "geometric":
             raise ValueError("--budget goes with --solve joint: geometric shares are not made for one budget")
     if args.vary:
@@ -394,4 +396,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run_command(main)
+    utils.run_command(main)

@@ -16,11 +16,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import utils
 from loading.loaders import Shard, to_device
 from loading.sampler import names_of_batch
 from models import Adaptive, StageOutput
 from models.cost import token_gflops
-from models.exits import Predictions, confidence
+from models.exits import Predictions, choose_exits, confidence, uniform_thresholds
 from utils import MainError, gather, log, sum_over_ranks
 
 
@@ -323,3 +324,28 @@ def predict(
     table = table[shard.bad.read().to(table.device)]
     first, best, best5, loss, cost = table.cpu().unbind(-1)
     return Predictions(first, best.bool(), best5.bool(), loss, cost if own_costs else None)
+
+
+def evaluate(model: nn.Module, loader, precision: Precision, prefix: str = "test_") -> dict[str, float]:
+    """Accuracy and loss of every exit, and the share of images that three thresholds let go early."""
+    model.set_epoch(math.inf)  # what is measured is what inference will do
+    sums: dict[str, float] = {"images": 0.0}
+
+    def add_statistics(images: torch.Tensor, outputs: list[StageOutput]) -> None:
+        sums["images"] += len(images)
+        for name, value in model.statistics(outputs).items():
+            sums[name] = sums.get(name, 0.0) + len(images) * value.item()
+
+    predictions = predict(model, loader, precision, add_statistics)
+    entry = {prefix + name: value for name, value in predictions.summary().items()}
+    parts = utils.gather(sums)
+    images = sum(part["images"] for part in parts)
+    for name in sorted(parts[0].keys() - {"images"}):
+        entry[prefix + name] = sum(part.get(name, 0.0) for part in parts) / images
+    if predictions.gflops is not None:
+        entry[prefix + "gflops"] = predictions.gflops[:, -1].mean().item()
+    thresholds = uniform_thresholds(11, model.num_exits)[[5, 7, 9]]  # 0.5, 0.7, 0.9
+    for percent, exits in zip((50, 70, 90), choose_exits(predictions.confidence, thresholds), strict=True):
+        for k in range(model.num_exits - 1):
+            entry[f"{prefix}exit{k}_share_at_{percent}"] = (exits == k).double().mean().item()
+    return entry

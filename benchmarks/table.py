@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import timm
 import torch
 
-import command_line
 from benchmarks.timing import (
     Work,
     count_gflops,
@@ -24,7 +23,7 @@ from benchmarks.timing import (
 )
 from engine import Precision
 from inference.streaming import compile_models, uncompile
-from models import Adaptive
+from models import Adaptive, flags
 from models.cost import token_gflops
 from models.weights import baseline_model
 from utils import log
@@ -38,7 +37,7 @@ FITTED = 8  # images on which the depth of tokens is set
 
 
 class Spec(NamedTuple):
-    """A model as it was asked for: the text, the registered name and constructor arguments."""
+    """A model as it was asked for: the text, the registered name and constructor main_deit."""
 
     text: str
     name: str
@@ -55,9 +54,7 @@ class Spec(NamedTuple):
         if not timm.is_model(name):
             close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
             raise ValueError(f"unknown model {name!r}" + (f"; there are {close}" if close else ""))
-        return cls(
-            text, name, command_line.key_values(name, re.split(r",(?![^\[]*\])", rest) if rest else [])
-        )
+        return cls(text, name, flags.key_values(name, re.split(r",(?![^\[]*\])", rest) if rest else []))
 
 
 class Options(NamedTuple):

@@ -13,7 +13,8 @@ import socket
 from pathlib import Path
 from typing import IO, Any
 
-from utils import MainError, load_checkpoint, log, save_checkpoint
+from checkpointing.format import load_checkpoint, save_checkpoint
+from utils import MainError, log
 
 NAME = "checkpoint.pth"
 BEST = "model_best.pth"

@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import utils
 from checkpointing import folder as checkpoints
+from checkpointing.format import restore_rng, rng_state
 from checkpointing.schema import load_optimizer
 from engine import Progress, Update
 from models.weights import load_weights
@@ -171,7 +172,7 @@ class Run:
         """Saves the state of all processes under these names of the folder."""
         if not (self.folder and names):
             return
-        states = utils.gather({"rng": utils.rng_state(), "statistics": self.statistics()})
+        states = utils.gather({"rng": rng_state(), "statistics": self.statistics()})
 
         def write() -> None:
             checkpoint = self.constant | {
@@ -222,7 +223,7 @@ class Run:
         states, images = checkpoint.get("rng", []), progress.pop("images")
         self.progress = Progress(**progress)
         if len(states) == self.context.world:
-            utils.restore_rng(states[self.context.rank])
+            restore_rng(states[self.context.rank])
             own = checkpoint.get("statistics", [[]] * self.context.world)[self.context.rank]
             for part, values in zip([self.model, update.ema and update.ema.module], own, strict=False):
                 if part is not None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-import utils
+from checkpointing.format import Results
 from inference.session import Session, show, show_exits, store
 from inference.thresholds import NEVER, best_thresholds, geometric_shares, thresholds_for_shares
 from models.exits import budget_threshold, operating_points
@@ -65,7 +65,7 @@ def mode_budget(session: Session) -> None:
         header = ["split", "images", "mean GFLOPs", "top-1 %"]
         told = ", ".join(f"{value:.4f}" for value in row[0])
         show(f"budget {args.budget} GFLOPs: threshold {told}", header, rows)
-    store(session, utils.Results(), {"budget": found})
+    store(session, Results(), {"budget": found})
 
 
 def mode_solve(session: Session) -> None:
@@ -102,7 +102,7 @@ def mode_solve(session: Session) -> None:
             told = f"{gains[0]:.2f} on calibration, {gains[1]:.2f} on test"
             print(f"\njoint above geometric, mean points: {told}")
     curve = curves[args.solve][1]
-    results = utils.Results(
+    results = Results(
         gflops, accuracy, [curve.gflops.tolist(), curve.accuracy.tolist()], with_last(found[args.solve])
     )
     extra: dict[str, Any] = {"solver": args.solve, "target_gflops": target}
@@ -118,7 +118,7 @@ def stored_thresholds(session: Session) -> Tensor | None:
     Raises:
         ValueError: they are of another number of exits.
     """
-    stored = utils.Results.of(session.checkpoint).dynamic_threshold
+    stored = Results.of(session.checkpoint).dynamic_threshold
     if stored is None:
         return None
     table, exits = torch.tensor(stored, dtype=torch.float32), session.model.num_exits

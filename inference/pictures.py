@@ -1,15 +1,25 @@
 """Drawing: what a model did with an image, contact sheets, and accuracy against cost."""
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 import utils
+from checkpointing.format import Results
+from engine import cascade
+from models import Adaptive
+from models.exits import confidence
+from utils import log
 
 PANEL = 224  # pixels a side; smaller images are enlarged by a whole factor
 GAP, HEAD, BAR, FONT = 4, 22, 12, 14  # pixels: between panels, the headline, the colour bar, letters
@@ -162,13 +172,13 @@ class Line(NamedTuple):
     """One model's curve: its name and what inference measured."""
 
     name: str
-    results: utils.Results
+    results: Results
 
 
 MARKED = {0.5: "T=0.5", 0.7: "T=0.7", 0.9: "T=0.9"}
 
 
-def common_threshold(results: utils.Results, at: int) -> float | None:
+def common_threshold(results: Results, at: int) -> float | None:
     """The threshold of an operating point, if all its early exits have the same."""
     thresholds = results.dynamic_threshold
     if thresholds is None:  # a sweep of 101 points, as files of earlier versions hold it
@@ -212,3 +222,152 @@ def draw_curve(lines: list[Line], path: Path, baselines: list[tuple[str, float, 
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     utils.write_atomically(path, lambda temporary: FigureCanvasAgg(figure).print_png(temporary))
+
+
+PICTURED = {"cls_attn", "region", "depth", "tokens"}  # what a picture reads of a stage's info
+
+
+def explain(
+    model: Adaptive,
+    dataset: Dataset,
+    indices: Iterable[int],
+    config: dict[str, Any],
+    thresholds: list[float],
+    batch_size: int = 64,
+    labelled: bool = True,
+) -> list[Explained]:
+    """Runs early exit on some images of a data set and keeps what pictures need.
+
+    Args:
+        model: in any mode; it is set to evaluation.
+        dataset: yields model input and label.
+        indices: which images.
+        config: mean and std that the input was normalised with.
+        thresholds: one per exit but the last.
+        batch_size: images at a time.
+        labelled: whether the second item of a sample is a class.
+    """
+    indices, found = list(indices), []
+    for first in range(0, len(indices), batch_size):
+        images, labels = zip(*(dataset[i] for i in indices[first : first + batch_size]), strict=True)
+        found += explain_batch(model, torch.stack(images), labels if labelled else None, config, thresholds)
+    panels = max((len(item.kept) for item in found), default=0)
+    return [item._replace(panels=panels) for item in found]
+
+
+def explain_batch(
+    model: Adaptive,
+    images: Tensor,
+    labels: Iterable[int] | None,
+    config: dict[str, Any],
+    thresholds: list[float],
+) -> list[Explained]:
+    """`explain` on images [B,3,S,S]; the results hold views of one array of pixels."""
+    model.eval()
+    rows: list[dict] = [{} for _ in images]
+    for step in cascade(model, images.to(next(model.parameters()).device), thresholds):
+        logits, info = step.output
+        shown = {name: info[name].float().cpu() for name in PICTURED & info.keys()}
+        kept = [patches.cpu() for patches in model.kept_patches(info)]
+        predicted, sure = logits.argmax(dim=-1).tolist(), confidence(logits).tolist()
+        for at, row in enumerate(step.rows.tolist()):
+            rows[row] |= {name: value[at].numpy() for name, value in shown.items()}
+            rows[row]["kept"] = [patches[at].numpy() for patches in kept]
+            rows[row] |= {"exit": step.exit, "predicted": predicted[at], "sure": sure[at]}
+    pixels = images.cpu().permute(0, 2, 3, 1) * torch.tensor(config["std"]) + torch.tensor(config["mean"])
+    pixels = (255 * pixels).round().clamp(0, 255).byte().numpy()
+    labels = [None] * len(rows) if labels is None else [int(label) for label in labels]
+    return [as_explained(*found, model.patch_size) for found in zip(pixels, labels, rows, strict=True)]
+
+
+def as_explained(image: np.ndarray, label: int | None, row: dict, patch_size: int) -> Explained:
+    attention, depth = row.get("cls_attn"), row.get("depth")
+    if attention is not None:
+        attention = attention.reshape(round(len(attention) ** 0.5), -1)
+    if depth is not None:
+        grid = math.isqrt(len(depth))  # the tokens before the patches are fewer than the next square takes
+        depth = depth[-grid * grid :].astype(int).reshape(grid, grid)
+    side, kept = len(image) // patch_size, []
+    for patches in row["kept"]:
+        mask = np.zeros(side * side, dtype=bool)
+        mask[patches[patches >= 0]] = True
+        kept.append(mask.reshape(side, side))
+    return Explained(
+        image=image,
+        attention=attention,
+        depth=depth,
+        blocks=len(row.get("tokens", ())),
+        kept=kept,
+        panels=len(kept),
+        box=tuple(int(value) * patch_size for value in row["region"]) if "region" in row else None,
+        exit=row["exit"],
+        predicted=row["predicted"],
+        confidence=row["sure"],
+        label=label,
+    )
+
+
+def save(image: Image.Image, path: Path) -> None:
+    form = Image.registered_extensions().get(path.suffix.lower())
+    if form is None:
+        raise ValueError(f"{path} is no name of a picture: take one such as picture.png")
+    utils.write_atomically(path, lambda temporary: image.save(temporary, form))
+
+
+def most_varied(
+    model: Adaptive, loader: DataLoader, config: dict[str, Any], thresholds: list[float]
+) -> list[Explained]:
+    """For each class the image whose patches differ most in depth, by standard deviation; classes in order.
+
+    Args:
+        model: in any mode; it is set to evaluation.
+        loader: of images and labels; of equal images of a class the first is taken.
+        config: mean and std that the images were normalised with.
+        thresholds: one per exit but the last.
+
+    Raises:
+        ValueError: the model does not tell token depths.
+    """
+    best: dict[int, Explained] = {}
+    with utils.progress(len(loader.dataset)) as bar:
+        for images, labels in loader:
+            for item in explain_batch(model, images, labels, config, thresholds):
+                if item.depth is None:
+                    raise ValueError(
+                        f"{type(model).__name__} has no token depths to draw by class:"
+                        " take a model whose tokens halt, such as avit_deit_small"
+                    )
+                if item.label not in best or item.depth.std() > best[item.label].depth.std():
+                    best[item.label] = item._replace(image=item.image.copy())  # lets its batch go
+            bar.update(len(images))
+    return [best[label] for label in sorted(best)]
+
+
+def draw_classes(
+    model: Adaptive,
+    loader: DataLoader,
+    config: dict[str, Any],
+    thresholds: list[float],
+    folder: Path,
+    classes: list[str],
+    columns: int = 2,
+) -> None:
+    """Draws for each class the image that `most_varied` finds: its input, its token depths, and both.
+
+    Args:
+        model, loader, config, thresholds: see `most_varied`.
+        folder: gets class<c>_ref.png, class<c>_token_depth.png, class<c>_combined.png, contact_sheet.png.
+        classes: their names.
+        columns: of the contact sheet; more where it would be higher than wide.
+    """
+    items = most_varied(model, loader, config, thresholds)
+    folder.mkdir(parents=True, exist_ok=True)
+    for item in items:
+        image = reference(item)
+        start = f"class{item.label}"
+        save(image, folder / f"{start}_ref.png")
+        save(depth_map(item.depth, item.blocks, image.height), folder / f"{start}_token_depth.png")
+        save(picture(item, model.stage_names, classes), folder / f"{start}_combined.png")
+    columns = max(columns, math.isqrt(len(items)))
+    save(contact_sheet(items, model.stage_names, classes, columns), folder / "contact_sheet.png")
+    log.info("wrote three pictures of each of %d classes and contact_sheet.png to %s", len(items), folder)

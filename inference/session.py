@@ -11,13 +11,13 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-import command_line
 import datasets
 import utils
+from checkpointing.format import Results, add_to_checkpoint, load_checkpoint, load_json, read_file, save_json
 from engine import Precision, predict
 from loading import loaders
 from loading.loaders import AS_BYTES, OnDevice
-from models import Adaptive
+from models import Adaptive, flags
 from models.cost import exit_gflops
 from models.exits import Predictions
 from models.weights import model_from_checkpoint
@@ -87,15 +87,15 @@ class Session(NamedTuple):
 
 
 def open_session(args: argparse.Namespace, context: utils.Context) -> Session:
-    checkpoint = utils.load_checkpoint(args.checkpoint_path)
+    checkpoint = load_checkpoint(args.checkpoint_path)
     stores = not (args.results or args.images or args.budget is not None)
-    if stores and not isinstance(utils.read_file(Path(args.checkpoint_path)).get("model"), dict):
+    if stores and not isinstance(read_file(Path(args.checkpoint_path)).get("model"), dict):
         raise ValueError(f"{args.checkpoint_path} takes no results: name a JSON file for them with --results")
     model, name, _ = model_from_checkpoint(
-        checkpoint, args.checkpoint_path, args.model, command_line.model_arguments(args), args.use_ema
+        checkpoint, args.checkpoint_path, args.model, flags.model_arguments(args), args.use_ema
     )
     gflops = exit_gflops(model)
-    check_flops(utils.Results.of(checkpoint).flops, gflops)
+    check_flops(Results.of(checkpoint).flops, gflops)
     model.to(context.device).eval()
     config = datasets.data_config(model.recipe, checkpoint)
     return Session(args, context, checkpoint, model, config, Precision.of(context.device, args.amp), gflops)
@@ -117,7 +117,7 @@ def show(title: str, header: list[str], rows: list[list[Any]]) -> None:
     print(f"\n{title}\n{tabulate(rows, header, floatfmt='.4g')}")
 
 
-def store(session: Session, results: utils.Results, extra: dict[str, Any]) -> None:
+def store(session: Session, results: Results, extra: dict[str, Any]) -> None:
     """Merges results into the checkpoint, or writes them with `extra` to --results."""
     args = session.args
     if not session.context.is_main:
@@ -125,11 +125,11 @@ def store(session: Session, results: utils.Results, extra: dict[str, Any]) -> No
     if args.results:
         path = Path(args.results)
         path.parent.mkdir(parents=True, exist_ok=True)
-        old = utils.load_json(path) if path.exists() else {}
-        utils.save_json(old | results.known() | extra, path)
+        old = load_json(path) if path.exists() else {}
+        save_json(old | results.known() | extra, path)
         log.info("results written to %s", path)
     elif results.known():
-        utils.add_to_checkpoint(Path(args.checkpoint_path), results.known())
+        add_to_checkpoint(Path(args.checkpoint_path), results.known())
         log.info("results written into %s", args.checkpoint_path)
 
 

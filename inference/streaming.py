@@ -4,6 +4,7 @@ Exit-aware batching, as in DREX (arXiv 2512.15705): without it every later stage
 batch leaves over, of a different number each time.
 """
 
+import argparse
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -286,3 +287,14 @@ def all_stages(model: Adaptive, precision: Precision, batch_size: int) -> Callab
     stream = ExitStream(model, precision, [math.inf] * (model.num_exits - 1), batch_size)
     images = torch.zeros(batch_size, 3, model.img_size, model.img_size, device=precision.device)
     return lambda: list(stream([images]))
+
+
+def add_compile(parser: argparse.ArgumentParser) -> None:
+    """Adds --compile for inference."""
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=("default", "reduce-overhead"),
+        help="compile the stages with torch.compile; reduce-overhead: with CUDA graphs",
+    )

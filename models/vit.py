@@ -327,7 +327,7 @@ def init_weights(model: AdaptiveViT) -> AdaptiveViT:
 
 
 def build(cls: type[AdaptiveViT], defaults: dict, kwargs: dict) -> AdaptiveViT:
-    """What every registered function does: the name's defaults, overridden by the caller's arguments.
+    """What every registered function does: the name's defaults, overridden by the caller's main_deit.
 
     Raises:
         ValueError: pretrained weights are asked for (none are hosted), or an argument is not the model's.

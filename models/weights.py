@@ -48,10 +48,10 @@ def baseline_model(
         name: registered model.
         num_classes: default: the model's own.
         img_size: side of the images in pixels; default: the model's own.
-        kwargs: further constructor arguments.
+        kwargs: further constructor main_deit.
 
     Raises:
-        ValueError: there is no such model, or it does not take images of this size or the arguments.
+        ValueError: there is no such model, or it does not take images of this size or the main_deit.
     """
     if not timm.is_model(name):
         raise ValueError(f"unknown model {name!r}")
@@ -124,7 +124,7 @@ def model_from_checkpoint(
         use_ema: take the averaged weights.
 
     Returns:
-        The model, its name and its constructor arguments.
+        The model, its name and its constructor main_deit.
 
     Raises:
         ValueError: the checkpoint is of another model or lacks what was asked for.

@@ -12,23 +12,22 @@ import argparse
 import csv
 import gc
 import os
-import sys
 from pathlib import Path
 
+import _root as _root
 import timm
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import command_line  # noqa: E402
-import utils  # noqa: E402
-from benchmarks import loading as loader_speed  # noqa: E402
-from benchmarks.table import COLUMNS, Bench, Options, Row, Spec, title  # noqa: E402
-from benchmarks.timing import cpu_name, device_name, dtype_name  # noqa: E402
-from engine import Precision  # noqa: E402
-from utils import log  # noqa: E402
+import utils
+from benchmarks import loading as loader_speed
+from benchmarks.table import COLUMNS, Bench, Options, Row, Spec, title
+from benchmarks.timing import cpu_name, device_name, dtype_name
+from engine import Precision
+from inference import streaming
+from utils import log
 
 LISTS = {
     "project": """
@@ -48,7 +47,7 @@ LISTS = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = command_line.Parser(description=__doc__.split("\n")[0])
+    parser = utils.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add(
         "--models",
@@ -69,7 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--num_workers", "--workers", type=int, default=min(8, os.cpu_count() or 1), help="loading processes")
     add("--device", help="default: cuda if there is one, else cpu")
     add("--amp", default="none", choices=("none", "bf16", "fp16"), help="autocast")
-    command_line.add_compile(parser)
+    streaming.add_compile(parser)
     add("--train", action="store_true", help="time training steps instead of inference")
     add("--threads", type=int, help="of the CPU; default: PyTorch's choice")
     add("--repeats", type=int, default=5, help="timed samples of each model")
@@ -92,9 +91,9 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Spec]
     for name in ("repeats", "threads", "max_batch", "img_size", "warmup", "seconds", "num_workers"):
         if getattr(args, name) is not None:
             low = 0 if name in ("warmup", "seconds", "num_workers") else 1
-            command_line.check_range(f"--{name.replace('_', '-')}", getattr(args, name), low)
+            utils.check_range(f"--{name.replace('_', '-')}", getattr(args, name), low)
     if args.exit_share is not None:
-        command_line.check_range("--exit-share", args.exit_share, 0, 1)
+        utils.check_range("--exit-share", args.exit_share, 0, 1)
     sizes: list[int | str] = []
     for text in args.batch_size:
         if text != "auto" and not (text.isdecimal() and int(text)):
@@ -194,4 +193,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run_command(main)
+    utils.run_command(main)

@@ -12,14 +12,13 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from _root import ROOT
 from tabulate import tabulate
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import command_line  # noqa: E402
-import utils  # noqa: E402
-from inference.pictures import Line, draw_curve  # noqa: E402
-from utils import log  # noqa: E402
+import utils
+from checkpointing.format import Results, load_checkpoint, load_json
+from inference.pictures import Line, draw_curve
+from utils import log
 
 TWO_STAGE = ["--coarse-only", "0.39", "--select-from", "0"]
 
@@ -89,7 +88,7 @@ def make(system: System, data: Path, output: Path) -> Path:
 
 
 def main() -> None:
-    parser = command_line.Parser(description=__doc__.split("\n")[0])
+    parser = utils.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("data/digits"), help="from scripts/make_digits.py")
     parser.add_argument("--output", type=Path, default=Path("output/compare"))
     args = parser.parse_args()
@@ -101,8 +100,8 @@ def main() -> None:
     rows, lines, plain = [], [], []
     for system in SYSTEMS:
         folder = make(system, data, output)
-        val = utils.Results.of(utils.load_checkpoint(folder / "checkpoint.pth"))
-        test = utils.Results.of(utils.load_json(folder / "test.json"))
+        val = Results.of(load_checkpoint(folder / "checkpoint.pth"))
+        test = Results.of(load_json(folder / "test.json"))
         row = [
             system.name,
             1000 * test.flops[-1],
@@ -131,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run_command(main)
+    utils.run_command(main)

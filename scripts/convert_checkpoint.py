@@ -8,26 +8,26 @@ Takes the layouts of LF-ViT, CF-ViT, EViT, A-ViT, DVT, DeiT and timm, and safete
 the model's, name for name; to start one model from another's weights, give main_deit.py --finetune.
 """
 
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import command_line  # noqa: E402
-import utils  # noqa: E402
-from datasets import data_config  # noqa: E402
-from models.cost import exit_gflops  # noqa: E402
-from models.weights import model_from_checkpoint  # noqa: E402
-from utils import log  # noqa: E402
+import _root as _root
+
+import utils
+from checkpointing.format import Results, load_checkpoint, save_checkpoint
+from datasets import data_config
+from models import flags
+from models.cost import exit_gflops
+from models.weights import model_from_checkpoint
+from utils import log
 
 
-def make_parser() -> command_line.Parser:
-    parser = command_line.Parser(description=__doc__.split("\n")[0])
+def make_parser() -> utils.Parser:
+    parser = utils.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("input", metavar="INPUT", help="the checkpoint to convert")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="a new file, .pth or .safetensors")
     parser.add_argument("--use-ema", action="store_true", help="take the averaged weights")
     parser.add_argument("--classes", metavar="FILE", help="class names, one a line, in the model's order")
-    command_line.add_model_arguments(parser)
+    flags.add_model_arguments(parser)
     return parser
 
 
@@ -54,20 +54,20 @@ def main() -> None:
         raise ValueError(f"{args.output}: name a .pth or a .safetensors file")
     if args.output.exists():
         raise ValueError(f"{args.output} is there already: remove it or name another")
-    found = utils.load_checkpoint(args.input)
+    found = load_checkpoint(args.input)
     model, name, kwargs = model_from_checkpoint(
-        found, args.input, args.model, command_line.model_arguments(args), args.use_ema
+        found, args.input, args.model, flags.model_arguments(args), args.use_ema
     )
     names = class_names(args.classes, model.num_classes) if args.classes else found.get("class_names")
     # What a published file says of itself stays, but its GFLOPs are those that this code runs.
-    results = utils.Results.of(found)
+    results = Results.of(found)
     results.flops = exit_gflops(model)
     kept = {"model_name": name, "model_kwargs": kwargs, "data_config": data_config(model.recipe, found)}
     kept |= ({"class_names": names} if names else {}) | results.known()
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    utils.save_checkpoint({"model": model.state_dict()} | kept, args.output)
+    save_checkpoint({"model": model.state_dict()} | kept, args.output)
     log.info("wrote %s: %s, %d classes, %s GFLOPs", args.output, name, model.num_classes, results.flops)
 
 
 if __name__ == "__main__":
-    command_line.run_command(main)
+    utils.run_command(main)

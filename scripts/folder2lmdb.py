@@ -12,20 +12,18 @@ import argparse
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import _root as _root
 import lmdb
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import command_line  # noqa: E402
-import datasets  # noqa: E402
-import utils  # noqa: E402
-from loading import archives  # noqa: E402
-from utils import log  # noqa: E402
+import datasets
+import utils
+from loading import archives
+from utils import log
 
 SOURCE = b"__source__"  # tells whether a file is of the same classes, paths and labels
 EXTRA = (archives.LENGTH, archives.CLASSES, SOURCE)
@@ -148,7 +146,7 @@ def convert(
 
 
 def parse() -> argparse.Namespace:
-    parser = command_line.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--dir", required=True, type=Path, metavar="DIR", help="folder with train/CLASS/IMAGE and val/")
     add("--output", type=Path, metavar="DIR", help="where SPLIT.lmdb go; default: --dir")
@@ -165,7 +163,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    command_line.check_range("--num_workers", args.num_workers, 1)
+    utils.check_range("--num_workers", args.num_workers, 1)
     utils.start_logging(utils.Context(torch.device("cpu"), 0, 1))
     folders = {split: datasets.build_dataset("IMNET", args.dir, split) for split in args.splits}
     output = args.output or args.dir
@@ -175,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run_command(main)
+    utils.run_command(main)

@@ -12,9 +12,9 @@ gives the classifier's own probabilities. Labels that exist are not made again.
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
+import _root as _root
 import timm
 import torch
 import torch.nn.functional as F
@@ -22,14 +22,13 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import command_line  # noqa: E402
-import datasets  # noqa: E402
-import utils  # noqa: E402
-from loading import loaders  # noqa: E402
-from loading.token_labels import label_path  # noqa: E402
-from models import AdaptiveViT  # noqa: E402
-from models.weights import load_weights, model_from_checkpoint  # noqa: E402
+import datasets
+import utils
+from checkpointing.format import load_checkpoint, load_json, save_json
+from loading import loaders
+from loading.token_labels import label_path
+from models import AdaptiveViT
+from models.weights import load_weights, model_from_checkpoint
 
 LARGEST_HALF = 2048  # half precision holds whole numbers up to this one
 
@@ -79,7 +78,7 @@ def load_classifier(
     Raises:
         ValueError: the model is unknown, has no weights, or does not fit them.
     """
-    checkpoint = utils.load_checkpoint(source) if source else {}
+    checkpoint = load_checkpoint(source) if source else {}
     name = name or checkpoint.get("model_name")
     if not name:
         raise ValueError("no model given: name one with --model")
@@ -162,16 +161,16 @@ def plan(data: datasets.Folder, output: Path, record: dict) -> list[tuple[int, P
             raise ValueError(f"{path} and {sources[target]} have one name up to the first dot: rename one")
         sources[target] = path
     file = output / "labels.json"
-    if file.exists() and utils.load_json(file) != record:
+    if file.exists() and load_json(file) != record:
         raise ValueError(f"{output} holds labels made otherwise (see {file}): give another --output")
     for folder in {target.parent for target in sources}:
         folder.mkdir(parents=True, exist_ok=True)
-    utils.save_json(record, file)
+    save_json(record, file)
     return [(i, target) for i, target in enumerate(sources) if not target.exists()]
 
 
 def parse() -> argparse.Namespace:
-    parser = command_line.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", metavar="NAME", help="model of timm or of this project; default: the checkpoint's")
     add("--checkpoint", metavar="FILE", help="its weights; default: those that timm publishes")
@@ -182,7 +181,7 @@ def parse() -> argparse.Namespace:
     add("--img-size", type=int, metavar="PX", help="side of the model input; default: the model's")
     add("--batch-size", type=int, default=64, metavar="N")
     add("--num_workers", "--workers", type=int, default=4, metavar="N", help="loading processes (4)")
-    command_line.add_bad_images(parser)
+    datasets.add_bad_images(parser)
     add("--device", help="default: cuda if there is one, else cpu")
     return parser.parse_args()
 
@@ -192,13 +191,13 @@ def main() -> None:
     args = parse()
     limits = {"top_k": 1, "size": 1, "batch_size": 1, "num_workers": 0, "max_bad_images": 0}
     for name, least in limits.items():
-        command_line.check_range(f"--{name.replace('_', '-')}", getattr(args, name), least)
+        utils.check_range(f"--{name.replace('_', '-')}", getattr(args, name), least)
     if args.img_size is not None:
-        command_line.check_range("--img-size", args.img_size, 1)
+        utils.check_range("--img-size", args.img_size, 1)
     device = utils.start(args.device).device
     model, config, checkpoint = load_classifier(args.model, args.checkpoint, args.img_size)
     classes = model.num_classes
-    command_line.check_range("--top-k", args.top_k, 1, classes)
+    utils.check_range("--top-k", args.top_k, 1, classes)
 
     # The whole image, not the centre that is cut out in evaluation; the aspect ratio is given up for it.
     look = {key: config[key] for key in ("mean", "std", "interpolation")} | {
@@ -237,4 +236,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run_command(main)
+    utils.run_command(main)

@@ -4,13 +4,12 @@ python scripts/report.py CHECKPOINT RESULTS.json
 """
 
 import sys
-from pathlib import Path
 
+import _root as _root
 from tabulate import tabulate
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import command_line  # noqa: E402
-import utils  # noqa: E402
+import utils
+from checkpointing.format import Results, load_checkpoint, load_json
 
 PASS = {"focus": 6.0, "coverage": 90.0, "accuracy": 99.0, "cost": 75.0}
 
@@ -18,9 +17,9 @@ PASS = {"focus": 6.0, "coverage": 90.0, "accuracy": 99.0, "cost": 75.0}
 def main() -> None:
     if len(sys.argv) != 3:
         raise ValueError("give the checkpoint and the results file")
-    val = utils.Results.of(utils.load_checkpoint(sys.argv[1]))
-    stored = utils.load_json(sys.argv[2])
-    test, timed = utils.Results.of(stored), stored["timed"]
+    val = Results.of(load_checkpoint(sys.argv[1]))
+    stored = load_json(sys.argv[2])
+    test, timed = Results.of(stored), stored["timed"]
     gflops, accuracy = test.budgeted_batch_classification
 
     rows = [["location stage alone", test.flops[0], test.anytime_classification[0]]]
@@ -60,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run_command(main)
+    utils.run_command(main)

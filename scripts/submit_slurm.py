@@ -20,18 +20,16 @@ from io import StringIO
 from pathlib import Path
 
 import torch.distributed as dist
+from _root import ROOT
 
 try:
     import submitit
 except ImportError:  # only submitting needs it: --help and the tests of the flags do not
     submitit = None
 
-SCRIPTS = Path(__file__).resolve().parent
-sys.path.insert(0, str(SCRIPTS.parent))
-import arguments  # noqa: E402
-import command_line  # noqa: E402
-import main_deit  # noqa: E402
-import utils  # noqa: E402
+
+import main_deit
+import utils
 
 SIGNAL_DELAY = 120  # seconds between the signal and the time limit
 MAX_TIMEOUTS = 30
@@ -39,7 +37,7 @@ MAX_TIMEOUTS = 30
 
 def checkpoint_of(argv: list[str]) -> Path:
     """Where main_deit.py, called with these arguments, saves its checkpoint."""
-    return Path(arguments.make_parser().parse_args(argv).output_dir) / "checkpoint.pth"
+    return Path(main_deit.make_parser().parse_args(argv).output_dir) / "checkpoint.pth"
 
 
 def last_written(file: Path) -> int | None:
@@ -90,7 +88,7 @@ class Training:
 
 def make_parser() -> argparse.ArgumentParser:
     # Without abbreviations: they could be flags of main_deit.py.
-    parser = command_line.Parser(
+    parser = utils.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
@@ -119,17 +117,17 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Own flags, and main_deit.py's arguments in the order they were given.
 
     Raises:
-        ValueError: a number is out of range, or main_deit.py would refuse its arguments.
+        ValueError: a number is out of range, or main_deit.py would refuse its main_deit.
     """
     end = argv.index("--") if "--" in argv else len(argv)
     args, rest = make_parser().parse_known_args(argv[:end])
     rest += argv[end + 1 :]
     # Slurm would send its signal at once if there were not more time than it comes early.
     for name, least in dict(nodes=1, ngpus=1, timeout=3, mem_per_gpu=1, cpus_per_task=1).items():
-        command_line.check_range(f"--{name.replace('_', '-')}", getattr(args, name), least)
-    theirs = arguments.make_parser().parse_args(rest)
+        utils.check_range(f"--{name.replace('_', '-')}", getattr(args, name), least)
+    theirs = main_deit.make_parser().parse_args(rest)
     if theirs.resume is None:  # otherwise it reads the file, which another job may still have to write
-        arguments.parse(rest)
+        main_deit.parse(rest)
     return args, rest
 
 
@@ -159,7 +157,7 @@ def make_executor(args: argparse.Namespace, name: str) -> "submitit.Executor":
     if args.executor == "debug":
         return submitit.DebugExecutor(args.job_dir)
     # A task imports Training from this file, wherever it was submitted from.
-    path = os.pathsep.join(filter(None, [str(SCRIPTS), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(ROOT / "scripts"), os.environ.get("PYTHONPATH")]))
     python = shlex.join(["env", f"PYTHONPATH={path}", sys.executable])
     if args.executor == "local":
         executor = submitit.LocalExecutor(args.job_dir, max_num_timeout=MAX_TIMEOUTS, python=python)
@@ -204,7 +202,7 @@ def submit(args: argparse.Namespace, argv: list[str]) -> "submitit.Job":
 
     Args:
         args: own flags.
-        argv: main_deit.py's arguments.
+        argv: main_deit.py's main_deit.
 
     Raises:
         ValueError: submitit is not installed, or as `make_executor`.
@@ -212,7 +210,7 @@ def submit(args: argparse.Namespace, argv: list[str]) -> "submitit.Job":
     """
     if submitit is None:
         raise ValueError("the package submitit is missing: pip install submitit")
-    executor = make_executor(args, arguments.make_parser().parse_args(argv).model or "main_deit")
+    executor = make_executor(args, main_deit.make_parser().parse_args(argv).model or "main_deit")
     # From within a job, sbatch would take that job's numbers of tasks and GPUs over.
     environment = submitit.helpers.clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext()
     try:
@@ -233,4 +231,4 @@ def main() -> None:
 if __name__ == "__main__":
     import submit_slurm  # tasks know Training by this module's name, not as __main__
 
-    command_line.run_command(submit_slurm.main)
+    utils.run_command(submit_slurm.main)

@@ -20,12 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from _root import ROOT
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import command_line  # noqa: E402
-import utils  # noqa: E402
+import utils
+from checkpointing.format import load_checkpoint
 
 # Everything random is on; checkpoints come at other steps than updates and epochs.
 TRAIN = (
@@ -35,7 +34,7 @@ TRAIN = (
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = command_line.Parser(description=__doc__.split("\n")[0])
+    parser = utils.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--kills", type=int, default=20)
     add("--workers", type=int, default=1, help="loading processes")
@@ -107,7 +106,7 @@ def differences(first: Path, second: Path) -> list[str]:
     """What is not the same in two output folders."""
     found = ["log.txt"] if (first / "log.txt").read_text() != (second / "log.txt").read_text() else []
     for name in ("checkpoint.pth", "model_best.pth"):
-        one, two = utils.load_checkpoint(first / name), utils.load_checkpoint(second / name)
+        one, two = load_checkpoint(first / name), load_checkpoint(second / name)
         keys = (one.keys() | two.keys()) - {"args"}  # of these, the path to resume differs
         found += [f"{name}: {key}" for key in sorted(keys) if not same(one.get(key), two.get(key))]
     return found + [path.name for path in second.glob(".*.tmp")]
@@ -115,7 +114,7 @@ def differences(first: Path, second: Path) -> list[str]:
 
 def main() -> None:
     args = make_parser().parse_args()
-    command_line.check_range("--kills", args.kills, 1)
+    utils.check_range("--kills", args.kills, 1)
     random.seed(args.seed)
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
@@ -141,4 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run_command(main)
+    utils.run_command(main)

@@ -7,7 +7,6 @@ from pathlib import Path
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import command_line
 import datasets
 import utils
 from loading import loaders
@@ -37,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run_command(main)
+    utils.run_command(main)

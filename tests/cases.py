@@ -119,14 +119,13 @@ class Command:
         self.monkeypatch, self.capsys = monkeypatch, capsys
 
     def __call__(self, name: str, *argv: object) -> Ended:
-        import command_line
         import utils
 
         module, code = __import__(name), 0
         self.capsys.readouterr()
         self.monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
         try:
-            command_line.run_command(module.main)
+            utils.run_command(module.main)
         except SystemExit as end:
             code = end.code
         finally:  # the handlers hold this test's standard error

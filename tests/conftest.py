@@ -8,6 +8,8 @@ import torch
 from cases import Command, run
 from PIL import Image
 
+from checkpointing.format import load_checkpoint, save_checkpoint
+
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 
 CLASSES = ("amber", "blue", "coral", "dusk")
@@ -48,10 +50,9 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sharp(folder: Path, trained: Path) -> Path:
     """The trained checkpoint with a head that makes confidences and predictions differ. Copy it to write."""
     import datasets
-    import utils
     from models.weights import model_from_checkpoint
 
-    checkpoint = utils.load_checkpoint(trained / "checkpoint.pth")
+    checkpoint = load_checkpoint(trained / "checkpoint.pth")
     model, *_ = model_from_checkpoint(checkpoint, "the trained model", None, {})
     data = datasets.build_dataset(
         "IMNET", folder, "val", datasets.eval_transform(56, checkpoint["data_config"])
@@ -61,7 +62,7 @@ def sharp(folder: Path, trained: Path) -> Path:
         model.head.bias -= logits.mean(dim=(0, 1))  # two epochs leave one class ahead for every image
         for parameter in model.head.parameters():
             parameter *= 15
-    utils.save_checkpoint(checkpoint | {"model": model.state_dict()}, trained.parent / "sharp.pth")
+    save_checkpoint(checkpoint | {"model": model.state_dict()}, trained.parent / "sharp.pth")
     return trained.parent / "sharp.pth"
 
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import datasets
 import models
-import utils
+from checkpointing.format import load_checkpoint
 from models.a_vit import (
     AViT,
     attend_packed,
@@ -425,7 +425,7 @@ def halting(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_gates_travel_with_the_checkpoint_and_flags_win(halting: Path) -> None:
-    kwargs = utils.load_checkpoint(halting / "checkpoint.pth")["model_kwargs"]
+    kwargs = load_checkpoint(halting / "checkpoint.pth")["model_kwargs"]
     gates = {name: kwargs[name] for name in ("gate_scale", "gate_center", "ponder_token_scale")}
     assert gates == {"gate_scale": 8, "gate_center": 4, "ponder_token_scale": 0.01}
 
@@ -438,7 +438,7 @@ def test_training_logs_what_halts(halting: Path) -> None:
         assert line[f"{part}_cnt_token_mean"] == pytest.approx(sum(live) / 50, rel=1e-5)
         assert line[f"{part}_expected_depth_ratio"] == pytest.approx(sum(live) / 200, rel=1e-5)
     # The tested weights: each image's depth is remade here, one by one.
-    checkpoint = utils.load_checkpoint(halting / "checkpoint.pth")
+    checkpoint = load_checkpoint(halting / "checkpoint.pth")
     model, *_ = model_from_checkpoint(checkpoint, "the checkpoint", None, {})
     transform = datasets.eval_transform(56, checkpoint["data_config"])
     data = datasets.build_dataset("IMNET", checkpoint["args"]["data_path"], "val", transform)

@@ -26,13 +26,14 @@ from torch.utils.data import DataLoader, Dataset
 
 import datasets
 import main_deit
-import utils
 from datasets import Folder, build_dataset
 from loading import archives
 from loading.archives import Lmdb
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import folder2lmdb
+
+from checkpointing.format import load_checkpoint
 
 KINDS = ("lmdb", "wds", "hfds")
 TRAIN = (
@@ -256,7 +257,7 @@ def test_commands_do_the_same_on_archives_as_on_folders(
         checked = ["--eval-mode", 0, "--checkpoint_path", output / "checkpoint.pth", "--results", file]
         ended = command("dynamic_inference", "--data_url", root, *words, *checked, "--num_workers", 0)
         assert ended.code == 0, ended.err
-        names = utils.load_checkpoint(output / "checkpoint.pth")["class_names"]
+        names = load_checkpoint(output / "checkpoint.pth")["class_names"]
         return json.loads((output / "log.txt").read_text()), json.loads(file.read_text()), names
 
     data_set, root = in_archive(kind, folder, tmp_path / "archive")

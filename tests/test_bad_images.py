@@ -16,8 +16,8 @@ from PIL import Image
 from test_archives import in_archive
 from test_datasets import make_inat
 
-import command_line
 import datasets
+import utils
 from datasets import Folder, TokenLabelled, build_dataset
 from loading import images
 from loading.images import BadImageError, BadImages, Readable, load_image
@@ -162,7 +162,7 @@ def test_more_than_the_limit_is_an_error(limit: int, workers: int, tmp_path: Pat
         eval_loader(Folder(folder, level), 2, workers, max_bad=limit),
         torch.utils.data.DataLoader(Readable(Folder(folder, level), limit), 2, num_workers=workers),
     ):
-        with pytest.raises(BadImageError, match=words), command_line.loaders_closed():
+        with pytest.raises(BadImageError, match=words), utils.loaders_closed():
             list(loader)
         assert not multiprocessing.active_children()
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 import datasets
 import main_deit
-import utils
+from checkpointing.format import add_to_checkpoint, load_checkpoint, load_json, save_checkpoint
 from models import recipe_of
 from models.cost import exit_gflops
 from models.weights import create_model, model_from_checkpoint
@@ -57,7 +57,7 @@ class Answers(NamedTuple):
 
 @pytest.fixture(scope="module")
 def answers(folder: Path, sharp: Path) -> Answers:
-    checkpoint = utils.load_checkpoint(sharp)
+    checkpoint = load_checkpoint(sharp)
     model, *_ = model_from_checkpoint(checkpoint, "sharp", None, {})
     data = datasets.build_dataset(
         "IMNET", folder, "val", datasets.eval_transform(56, checkpoint["data_config"])
@@ -129,13 +129,13 @@ def test_training_leaves_checkpoints_and_logs(folder: Path, trained: Path) -> No
         entry["train_loss"] == pytest.approx(entry["train_fine_ce"] + entry["train_coarse_kl"], abs=1e-5)
         for entry in entries
     )
-    saved = utils.load_checkpoint(trained / "checkpoint.pth")
+    saved = load_checkpoint(trained / "checkpoint.pth")
     assert saved["epoch"] == 1
     assert saved["model_name"] == "lf_deit_nano" and saved["model_kwargs"]["num_classes"] == 4
     assert saved["class_names"] == ["amber", "blue", "coral", "dusk"]
     assert saved["data_config"] == datasets.DATA_CONFIG
     assert saved["best"] == max(entry["test_exit1_acc1"] for entry in entries)
-    assert utils.load_checkpoint(trained / "model_best.pth")["epoch"] in (0, 1)
+    assert load_checkpoint(trained / "model_best.pth")["epoch"] in (0, 1)
     assert list((trained / "tensorboard").iterdir())
     assert not [path for path in trained.iterdir() if path.name.endswith(".tmp")]
 
@@ -145,7 +145,7 @@ def test_first_and_last_learning_rate(trained: Path) -> None:
     peak, low = 5e-4 * 32 / 512, 1e-5
     second = low + (peak - low) * (1 + math.cos(math.pi / 4)) / 2
     assert log_of(trained)[0]["train_lr"] == pytest.approx((1e-6 + second) / 2)
-    saved = utils.load_checkpoint(trained / "checkpoint.pth")["optimizer"]["param_groups"]
+    saved = load_checkpoint(trained / "checkpoint.pth")["optimizer"]["param_groups"]
     assert all(group["lr"] == pytest.approx(1e-5) for group in saved)
 
 
@@ -194,11 +194,11 @@ def test_a_small_folder_trains_in_smaller_batches(command: Command, folder: Path
     arguments = ["--data-path", folder, "--output_dir", tmp_path, "--epochs", 1, "--batch-size", 66]
     ended = command("main_deit", *TRAIN, *arguments)
     assert ended.code == 0 and "only 64 training images per process: batches of 64" in ended.err
-    assert utils.load_checkpoint(tmp_path / "checkpoint.pth")["optimizer"]["state"][0]["step"] == 1
+    assert load_checkpoint(tmp_path / "checkpoint.pth")["optimizer"]["state"][0]["step"] == 1
 
 
 def test_a_resumed_run_keeps_its_options(trained: Path) -> None:
-    saved = utils.load_checkpoint(trained / "checkpoint.pth")["args"]
+    saved = load_checkpoint(trained / "checkpoint.pth")["args"]
     args, _ = main_deit.parse(
         ["--resume", str(trained / "checkpoint.pth"), "--data-path", "here", "--lr", "1"]
     )
@@ -231,7 +231,7 @@ def test_any_model_of_timm_can_be_the_baseline(
         "dynamic_inference", *flags, "--baseline", "test_resnet", "--results", tmp_path / "r.json"
     )
     assert ended.code == 0, ended.err
-    assert utils.load_json(tmp_path / "r.json")["timed"]["baseline"]["model"] == "test_resnet"
+    assert load_json(tmp_path / "r.json")["timed"]["baseline"]["model"] == "test_resnet"
     ended = command("dynamic_inference", *flags, "--baseline", "test_vit", "--results", tmp_path / "r.json")
     assert ended.code == 2 and "takes no images of 56 pixels" in ended.err  # its patches are 16 pixels wide
 
@@ -239,9 +239,9 @@ def test_any_model_of_timm_can_be_the_baseline(
 def test_fewer_folders_than_classes_are_not_guessed(
     command: Command, folder: Path, sharp: Path, tmp_path: Path
 ) -> None:
-    checkpoint = utils.load_checkpoint(sharp)
+    checkpoint = load_checkpoint(sharp)
     checkpoint.pop("class_names")
-    utils.save_checkpoint(checkpoint, tmp_path / "nameless.pth")
+    save_checkpoint(checkpoint, tmp_path / "nameless.pth")
     shutil.copytree(folder / "val", tmp_path / "data" / "val")
     shutil.rmtree(next((tmp_path / "data" / "val").iterdir()))
     flags = ["--data_url", tmp_path / "data", "--num_workers", 0, "--eval-mode", 0]
@@ -273,7 +273,7 @@ def test_training_goes_on_for_another_epoch(
     assert ended.code == 0, ended.err
     assert [entry["epoch"] for entry in log_of(output)] == [0, 1, 2]
     assert log_of(output)[:2] == log_of(trained)
-    before, after = (utils.load_checkpoint(root / "checkpoint.pth") for root in (trained, output))
+    before, after = (load_checkpoint(root / "checkpoint.pth") for root in (trained, output))
     assert after["epoch"] == 2
     assert after["optimizer"]["state"][0]["step"] == 6  # of 2 per epoch
     assert not same(before["model"], after["model"]) and not same(before["model_ema"], after["model_ema"])
@@ -293,10 +293,10 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(
         patch.setattr(main_deit.Run, "write", stop)
         assert command("main_deit", *arguments).code == 130
     path = tmp_path / "run" / "checkpoint.pth"
-    assert utils.load_checkpoint(path)["epoch"] == 0
+    assert load_checkpoint(path)["epoch"] == 0
     ended = command("main_deit", *arguments, "--resume", path)
     assert ended.code == 0, ended.err
-    whole, resumed = (utils.load_checkpoint(file) for file in (trained / "checkpoint.pth", path))
+    whole, resumed = (load_checkpoint(file) for file in (trained / "checkpoint.pth", path))
     for key in ("model", "model_ema", "optimizer", "lr_scheduler", "epoch", "best", "rng"):
         assert same(whole[key], resumed[key]), key
     assert log_of(tmp_path / "run") == log_of(trained)
@@ -335,7 +335,7 @@ def test_finetuning_starts_from_the_given_weights(
     arguments = ["--data-path", folder, "--output_dir", tmp_path, "--finetune", sharp]
     ended = command("main_deit", *TRAIN, *still, *arguments)
     assert ended.code == 0, ended.err
-    found, given = (utils.load_checkpoint(path) for path in (tmp_path / "checkpoint.pth", sharp))
+    found, given = (load_checkpoint(path) for path in (tmp_path / "checkpoint.pth", sharp))
     assert same(dict(found["model"]), dict(given["model"]))
     assert "model_ema" not in found and found["epoch"] == 0
 
@@ -354,14 +354,14 @@ STORED = {
 def test_exact_command_prints_and_stores(
     mode: int, command: Command, folder: Path, checkpoint: Path, answers: Answers
 ) -> None:
-    before = utils.load_checkpoint(checkpoint)
+    before = load_checkpoint(checkpoint)
     if mode == 1:
         shell = run("dynamic_inference.py", *infer(mode, folder, checkpoint))
         ended = Ended(shell.returncode, shell.stdout, shell.stderr)
     else:
         ended = command("dynamic_inference", *infer(mode, folder, checkpoint))
     assert ended.code == 0, ended.err
-    after = utils.load_checkpoint(checkpoint)
+    after = load_checkpoint(checkpoint)
     assert after["flops"] == pytest.approx(answers.gflops)
     if mode == 2:
         share = 100 - 100 * sum(answers.exits(THRESHOLD)) / 40
@@ -395,7 +395,7 @@ def test_exact_command_prints_and_stores(
 def test_stored_results_are_printed_without_data(command: Command, checkpoint: Path, tmp_path: Path) -> None:
     curve = [[0.5, 1.0, 1.5], [10.0, 20.0, 30.0]]
     results = {"flops": [0.5, 1.5], "anytime_classification": [10.0, 30.0]}
-    utils.add_to_checkpoint(checkpoint, results | {"budgeted_batch_classification": curve})
+    add_to_checkpoint(checkpoint, results | {"budgeted_batch_classification": curve})
     before = checkpoint.read_bytes()
     ended = command("dynamic_inference", *infer(3, tmp_path / "nowhere", checkpoint))
     assert ended.code == 0
@@ -407,7 +407,7 @@ def test_stored_results_are_printed_without_data(command: Command, checkpoint: P
 
 
 def test_results_of_other_spelling_and_none(command: Command, checkpoint: Path) -> None:
-    utils.add_to_checkpoint(checkpoint, {"flop": [0.5, 1.5]})
+    add_to_checkpoint(checkpoint, {"flop": [0.5, 1.5]})
     ended = command("dynamic_inference", "--eval-mode", 3, "--checkpoint_path", checkpoint)
     assert ended.code == 0
     assert "flops: [0.5, 1.5]" in ended.out and "budgeted_batch_classification: None" in ended.out
@@ -486,9 +486,9 @@ def test_other_region_is_counted_anew(command: Command, folder: Path, checkpoint
     """A region over the whole grid refines more, so the checkpoint's GFLOPs are replaced, with a warning."""
     options = ["--num_workers", 0, "--region-size", 7]
     quiet = command("dynamic_inference", *infer(0, folder, checkpoint), "--num_workers", 0)
-    first = utils.load_checkpoint(checkpoint)["flops"]
+    first = load_checkpoint(checkpoint)["flops"]
     ended = command("dynamic_inference", *infer(0, folder, checkpoint), *options)
-    second = utils.load_checkpoint(checkpoint)["flops"]
+    second = load_checkpoint(checkpoint)["flops"]
     assert "warning" not in quiet.err and "warning" in ended.err
     assert second[0] == first[0] and second[1] > first[1]
 
@@ -533,7 +533,7 @@ def test_solved_thresholds_are_stored_and_used_again(
     """Solved on the even images and told on the odd ones; mode 1 then takes them, for all images."""
     ended = command("dynamic_inference", *infer(1, folder, checkpoint), "--num_workers", 0, "--solve", solver)
     assert ended.code == 0, ended.err
-    found = utils.load_checkpoint(checkpoint)
+    found = load_checkpoint(checkpoint)
     thresholds, last = torch.tensor(found["dynamic_threshold"]).unbind(1)
     assert len(thresholds) == 59 and (last == -1e8).all()
     even, odd = slice(0, None, 2), slice(1, None, 2)
@@ -557,12 +557,12 @@ def test_solved_thresholds_are_stored_and_used_again(
         assert accuracy == pytest.approx(answers.accuracy(level, odd))
     ended = command("dynamic_inference", *infer(1, folder, checkpoint), "--num_workers", 0)
     assert "at the checkpoint's thresholds" in ended.out
-    again = utils.load_checkpoint(checkpoint)
+    again = load_checkpoint(checkpoint)
     assert again["dynamic_threshold"] == found["dynamic_threshold"]
     cost = answers.cost(thresholds[20].item() - 1e-6, slice(None))
     assert again["budgeted_batch_classification"][0][20] == pytest.approx(cost)
     command("dynamic_inference", *infer(1, folder, checkpoint), "--num_workers", 0, "--sweep")
-    swept = torch.tensor(utils.load_checkpoint(checkpoint)["dynamic_threshold"])
+    swept = torch.tensor(load_checkpoint(checkpoint)["dynamic_threshold"])
     torch.testing.assert_close(swept[:, 0], torch.linspace(0, 1, 101))
 
 
@@ -650,7 +650,7 @@ def test_curve_of_stored_results(command: Command, checkpoint: Path, tmp_path: P
     results = {"flops": [0.5, 1.5], "anytime_classification": [50.0, 60.0]}
     gflops, accuracy = torch.linspace(0.5, 1.5, 101), torch.linspace(50, 60, 101)
     curve = {"budgeted_batch_classification": [gflops.tolist(), accuracy.tolist()]}
-    utils.add_to_checkpoint(checkpoint, results | curve)
+    add_to_checkpoint(checkpoint, results | curve)
     assert command("visualize", *arguments, "--baseline", "deit_nano:2.0:58").code == 0
     assert [path.name for path in output.iterdir()] == ["curve.png"]
     with Image.open(output / "curve.png") as image:
@@ -671,7 +671,7 @@ def bad(folder: Path, sharp: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         image = root / f"broken_{split}" / split / "coral" / "05.png"
         image.write_bytes(image.read_bytes()[:60])
         (root / "other_classes" / split / "amber").rename(root / "other_classes" / split / "apricot")
-    saved = utils.load_checkpoint(sharp)
+    saved = load_checkpoint(sharp)
     weights = saved["model"]
     fewer = {name: value for name, value in weights.items() if name != "cls_token"}
     torch.save(saved | {"model": fewer}, root / "fewer.pth")
@@ -793,7 +793,7 @@ def test_bad_input_is_one_line_and_overwrites_nothing(
         output.mkdir(exist_ok=True)
         (output / file).write_text("mine")
     places = {"folder": folder, "sharp": sharp, "bad": bad}
-    argv = [*DEFAULTS[name].split(), *arguments.format(**places).split()]
+    argv = [*DEFAULTS[name].split(), *main_deit.format(**places).split()]
     if name != "dynamic_inference":
         argv += ["--output_dir", str(output)]
     before, kept = sharp.read_bytes(), contents(output)

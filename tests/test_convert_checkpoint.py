@@ -11,7 +11,7 @@ from cases import ROOT, Command
 from safetensors.torch import save_file
 
 import models  # noqa: F401  (registers the models)
-import utils
+from checkpointing.format import Results, load_checkpoint, save_checkpoint
 from models.cost import exit_gflops
 from models.weights import model_from_checkpoint
 
@@ -72,7 +72,7 @@ def test_every_layout_is_converted_and_read_without_further_flags(
     (tmp_path / "names.txt").write_text("\n".join("abcdefg"))
     ended = convert(source, target, *flags(layout), "--classes", tmp_path / "names.txt")
     assert ended.code == 0, ended.err
-    found = utils.load_checkpoint(target)
+    found = load_checkpoint(target)
     again, name, kwargs = model_from_checkpoint(found, "ours", None, {})
     assert (
         name == LAYOUTS[layout][0] and kwargs["num_classes"] == 7 and found["class_names"] == list("abcdefg")
@@ -81,7 +81,7 @@ def test_every_layout_is_converted_and_read_without_further_flags(
     with torch.inference_mode():
         for ours, theirs in zip(again.eval()(images), model(images), strict=True):
             assert torch.equal(ours.logits, theirs.logits)
-    results = utils.Results.of(found)
+    results = Results.of(found)
     assert results.flops == pytest.approx(exit_gflops(model))  # counted, whatever the file said
     beside = LAYOUTS[layout][3]
     if "dynamic_threshold" in beside:
@@ -93,12 +93,12 @@ def test_safetensors_are_taken_and_averaged_weights_if_asked(convert, tmp_path: 
     model = write("timm", tmp_path / "theirs.safetensors")
     ended = convert(tmp_path / "theirs.safetensors", tmp_path / "ours.pth", *flags("timm"))
     assert ended.code == 0, ended.err
-    checkpoint = utils.load_checkpoint(tmp_path / "ours.pth")
+    checkpoint = load_checkpoint(tmp_path / "ours.pth")
     averaged = {name: value + 1 for name, value in model.state_dict().items()}
-    utils.save_checkpoint(checkpoint | {"model_ema": averaged}, tmp_path / "both.pth")
+    save_checkpoint(checkpoint | {"model_ema": averaged}, tmp_path / "both.pth")
     ended = convert(tmp_path / "both.pth", tmp_path / "ema.safetensors", "--use-ema")
     assert ended.code == 0, ended.err
-    found = utils.load_checkpoint(tmp_path / "ema.safetensors")["model"]
+    found = load_checkpoint(tmp_path / "ema.safetensors")["model"]
     assert all(torch.equal(found[name], value) for name, value in averaged.items())
 
 
@@ -111,7 +111,7 @@ def test_gates_come_from_a_published_files_name_and_flags_win(
         target = tmp_path / f"ours{len(more)}.pth"
         ended = convert(tmp_path / name, target, *flags("avit"), *more)
         assert ended.code == 0, ended.err
-        kwargs = utils.load_checkpoint(target)["model_kwargs"]
+        kwargs = load_checkpoint(target)["model_kwargs"]
         assert (kwargs["gate_scale"], kwargs["gate_center"]) == wanted
 
 

@@ -16,12 +16,21 @@ from torch.utils.data import TensorDataset
 
 import datasets
 import models  # noqa: F401  (registers the models)
-import utils
-from inference.pictures import BAR, GAP, HEAD, depth_map, headline, picture
+from checkpointing.format import load_checkpoint, save_checkpoint
+from inference.pictures import (
+    BAR,
+    GAP,
+    HEAD,
+    depth_map,
+    draw_classes,
+    explain,
+    headline,
+    most_varied,
+    picture,
+)
 from loading import loaders
 from models import Adaptive, StageOutput
 from models.a_vit import model_from_name
-from visualize import draw_classes, explain, most_varied
 
 PLAIN = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
 
@@ -168,16 +177,14 @@ def halting(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             block.mlp.fc2.bias[0] = 0.6
     path = tmp_path_factory.mktemp("halting") / "checkpoint.pth"
     checkpoint = {"model": model.state_dict(), "model_name": "avit_deit_nano", "model_kwargs": kwargs}
-    utils.save_checkpoint(
-        checkpoint | {"class_names": sorted(p.name for p in (folder / "val").iterdir())}, path
-    )
+    save_checkpoint(checkpoint | {"class_names": sorted(p.name for p in (folder / "val").iterdir())}, path)
     return path
 
 
 @pytest.fixture(scope="module")
 def expected(folder: Path, halting: Path) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """Pixels [56,56,3] and depths [14,14] of each class's image, by brute force on the masked path."""
-    saved = utils.load_checkpoint(halting)
+    saved = load_checkpoint(halting)
     model = timm.create_model(saved["model_name"], **saved["model_kwargs"])
     model.load_state_dict(saved["model"])
     data = datasets.build_dataset("IMNET", folder, "val", datasets.eval_transform(56, datasets.DATA_CONFIG))
@@ -288,7 +295,7 @@ def test_published_names_tell_the_model(path: str, name: str | None) -> None:
 
 
 def test_demo_loads_strictly(command: Command, folder: Path, halting: Path, tmp_path: Path) -> None:
-    saved = utils.load_checkpoint(halting)
+    saved = load_checkpoint(halting)
     torch.save(saved | {"model": saved["model"] | {"extra": torch.zeros(1)}}, tmp_path / "more.pth")
     ended = demo(command, folder, "--finetune", tmp_path / "more.pth", "--output_dir", tmp_path / "out")
     assert ended.code == 2 and "extra" in ended.err

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import Command, run
 
-import utils
+from checkpointing.format import load_checkpoint
 
 # Nothing random, so that the images of a step are the same however many processes share them.
 TRAIN = (
@@ -66,7 +66,7 @@ def by_one(odd: Path, tmp_path: Path, command: Command) -> Callable[[str], Path]
 
 
 def saved_in(output: Path) -> dict[str, Any]:
-    return utils.load_checkpoint(output / "checkpoint.pth")
+    return load_checkpoint(output / "checkpoint.pth")
 
 
 def log_of(output: Path) -> list[dict[str, float]]:

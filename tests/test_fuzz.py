@@ -23,8 +23,8 @@ from cases import ROOT
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-import command_line
 import utils
+from checkpointing.format import save_checkpoint
 
 sys.path.insert(0, str(ROOT / "scripts"))
 CASES = int(os.environ.get("FUZZ_CASES", 35))
@@ -133,7 +133,7 @@ def call(name: str, argv: list[str]) -> tuple[int, str]:
     code = 0
     try:
         with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
-            command_line.run_command(importlib.import_module(name).main)
+            utils.run_command(importlib.import_module(name).main)
     except SystemExit as end:
         code = end.code
     finally:
@@ -179,7 +179,7 @@ def workplace(sharp: Path, folder: Path):
         shutil.copy(sharp, checkpoint)
         model = timm.create_model("deit_nano", num_classes=4, depth=1)
         entries = dict(model_name="deit_nano", model_kwargs=dict(num_classes=4, depth=1))
-        utils.save_checkpoint(entries | {"model": model.state_dict()}, checkpoint.with_name("plain.pth"))
+        save_checkpoint(entries | {"model": model.state_dict()}, checkpoint.with_name("plain.pth"))
         yield dict(folder=folder, out=out, checkpoint=checkpoint, plain=checkpoint.with_name("plain.pth"))
 
 

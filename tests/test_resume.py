@@ -26,6 +26,7 @@ import datasets
 import main_deit
 import utils
 from checkpointing import folder as checkpoints
+from checkpointing.format import load_checkpoint
 from checkpointing.run import Run
 from loading import loaders
 from loading.sampler import names_of_batch
@@ -105,7 +106,7 @@ def check_same(first: Path, second: Path) -> None:
     """Two output folders: log, and everything in the checkpoints but the command line."""
     assert (first / "log.txt").read_text() == (second / "log.txt").read_text()
     for name in ("checkpoint.pth", "model_best.pth"):
-        one, two = utils.load_checkpoint(first / name), utils.load_checkpoint(second / name)
+        one, two = load_checkpoint(first / name), load_checkpoint(second / name)
         assert one.keys() == two.keys()
         for key in one.keys() - {"args"}:
             assert same(one[key], two[key]), (name, key)
@@ -246,7 +247,7 @@ def test_torchrun_restarts_after_a_killed_rank(folder: Path, tmp_path: Path) -> 
         assert ended.returncode == 0, ended.stderr
     assert "exitcode: -9" in ended.stderr
     check_same(tmp_path / "whole", tmp_path / "run")
-    saved = utils.load_checkpoint(tmp_path / "run" / "checkpoint.1.pth")
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint.1.pth")
     assert saved["progress"]["step"] and not same(*saved["statistics"])  # or nothing was shown
 
 
@@ -294,7 +295,7 @@ def test_a_signal_during_evaluation_stops_after_it(
 def test_second_interrupt_stops_at_once(train: Train, at_step: Callable, tmp_path: Path) -> None:
     at_step(4, lambda run: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
     assert train("run").code == 130
-    assert utils.load_checkpoint(tmp_path / "run" / "checkpoint.pth")["progress"]["step"] == 3
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth")["progress"]["step"] == 3
 
 
 # Damaged, and not to be written
@@ -334,16 +335,14 @@ def test_full_disk_leaves_the_last_checkpoint(train: Train, at_step: Callable, t
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert ended.code == 1 and "checkpoint.pth (File too large)" in one_line(ended)
     assert names_in(tmp_path / "run") == {"checkpoint.pth"}
-    assert utils.load_checkpoint(tmp_path / "run" / "checkpoint.pth")["progress"]["step"] == 3
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth")["progress"]["step"] == 3
 
 
 def test_as_many_checkpoints_as_wanted_stay(tmp_path: Path) -> None:
     state = {"model": {"weight": torch.zeros(3)}}
     for number in range(5):
         checkpoints.save(state | {"number": number}, tmp_path / "checkpoint.pth", keep=3)
-        kept = [
-            utils.load_checkpoint(checkpoints.older(tmp_path, n))["number"] for n in range(min(3, number + 1))
-        ]
+        kept = [load_checkpoint(checkpoints.older(tmp_path, n))["number"] for n in range(min(3, number + 1))]
         assert kept == list(range(number, -1, -1))[:3] and len(names_in(tmp_path)) == len(kept)
     checkpoints.save(state | {"number": 9}, tmp_path / "checkpoint.pth", keep=1)  # the first of a new run
     assert names_in(tmp_path) == {"checkpoint.pth"}
@@ -412,7 +411,7 @@ def test_a_loss_that_is_not_finite(
     files = ", ".join(batches[(4, 6, 6)[skip]])
     assert f"the loss is nan at epoch 0, step {(4, 6, 6)[skip]} ({files})" in ended.err
     assert (".png" in files) and ended.code == (1, 1, 0)[skip]
-    saved = utils.load_checkpoint(tmp_path / "run" / "checkpoint.pth")
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
     assert all(value.isfinite().all() for value in saved["model"].values())
     if skip < 2:
         assert "; weights were not updated" in ended.err.splitlines()[-1]
@@ -444,8 +443,8 @@ def test_a_gradient_that_is_not_finite(train: Train, monkeypatch: pytest.MonkeyP
 
 HOLDER = """
 import sys, time; from pathlib import Path; import os
-sys.path.insert(0, {root!r})
 from checkpointing import folder as checkpoints
+from checkpointing.format import load_checkpoint
 lock = checkpoints.open_folder(Path({folder!r}))
 if os.fork():
     print("locked", flush=True)

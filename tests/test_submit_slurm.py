@@ -18,12 +18,12 @@ from cases import ROOT, Command, run
 from submitit.core.utils import FailedJobError, pickle_load
 from timm.utils.distributed import is_distributed_env, world_info_from_env
 
-import arguments
 import main_deit
-import utils
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import submit_slurm
+
+from checkpointing.format import load_checkpoint
 
 TRAIN = "--model deit_nano --batch-size 32 --device cpu --num_workers 0 --picture-freq 0".split()
 DATA = ["--data-path", "unused"]
@@ -38,7 +38,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with stand-ins for Slurm: sbatch keeps its environment, scontrol its arguments."""
+    """A folder with stand-ins for Slurm: sbatch keeps its environment, scontrol its main_deit."""
     folder = tmp_path / "bin"
     folder.mkdir()
     bodies = {
@@ -110,7 +110,7 @@ def test_two_tasks_train_together_and_go_on_after_the_time_limit(
     assert (slurm / "scontrol.txt").read_text() == "requeue 4242\n"
     tasks[1].kill()
     tasks[1].wait()
-    reached = utils.load_checkpoint(output / "checkpoint.pth")["epoch"]
+    reached = load_checkpoint(output / "checkpoint.pth")["epoch"]
     assert 0 <= reached < 5
 
     assert [task.wait(300) for task in start_tasks(output / "4242_submission.sh", 2)] == [0, 0]
@@ -118,7 +118,7 @@ def test_two_tasks_train_together_and_go_on_after_the_time_limit(
     assert epochs[0] == 0 and epochs[-1] == 5 and epochs == sorted(set(epochs))
     assert set(epochs) >= set(range(reached + 1, 6))
     assert [pickle_load(output / f"4242_{rank}_result.pkl")[0] for rank in (0, 1)] == ["success"] * 2
-    saved = utils.load_checkpoint(output / "checkpoint.pth")
+    saved = load_checkpoint(output / "checkpoint.pth")
     assert len(saved["rng"]) == 2  # two processes in one group
     assert (saved["epoch"], saved["args"]["resume"]) == (5, str(output / "checkpoint.pth"))
 
@@ -155,7 +155,7 @@ def test_a_local_job_trains_into_its_folder(jobs: dict[str, submitit.Job]) -> No
     output = job.paths.folder
     assert output.parts[-3:] == ("good", job.job_id, "run")
     assert [entry["epoch"] for entry in log_of(output)] == [0]
-    assert utils.load_checkpoint(output / "checkpoint.pth")["epoch"] == 0
+    assert load_checkpoint(output / "checkpoint.pth")["epoch"] == 0
     assert "64 training and 40 validation images" in (output / f"{job.job_id}_0_log.out").read_text()
 
 
@@ -182,7 +182,7 @@ def strings(parser) -> set[str]:
 
 
 def test_no_flag_is_main_deits() -> None:
-    common = strings(submit_slurm.make_parser()) & strings(arguments.make_parser())
+    common = strings(submit_slurm.make_parser()) & strings(main_deit.make_parser())
     assert common == {"-h", "--help"}
 
 
@@ -304,7 +304,7 @@ def test_a_job_resumes_only_what_it_saved(
     resumes = start != "first" and own
     expected = ["main_deit.py", "--output_dir", str(tmp_path / "7"), *argv]
     assert calls == [expected + ["--resume", "auto"] * resumes]
-    args = arguments.make_parser().parse_args(calls[0][1:])
+    args = main_deit.make_parser().parse_args(calls[0][1:])
     assert args.output_dir == str(output) and args.resume == ("auto" if resumes else "other.pth")
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
     assert (os.environ["RANK"], os.environ["LOCAL_RANK"], os.environ["WORLD_SIZE"]) == ("0", "0", "1")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import datasets
 import utils
+from loading import token_labels
 from loading.token_labels import (
     GEOMETRIC,
     PairedTransform,
@@ -30,7 +31,7 @@ from loading.token_labels import (
     on_both,
     token_targets,
 )
-from models import AdaptiveViT, token_labels
+from models import AdaptiveViT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import make_token_labels

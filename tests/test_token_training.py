@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import Command
 
-from utils import load_checkpoint
+from checkpointing.format import load_checkpoint
 
 
 @pytest.fixture

@@ -16,11 +16,21 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-import command_line
 import models  # noqa: F401  (registers the models)
 import utils
+from checkpointing.format import (
+    Results,
+    add_to_checkpoint,
+    load_checkpoint,
+    load_json,
+    read_file,
+    restore_rng,
+    rng_state,
+    save_checkpoint,
+    save_json,
+)
+from models import flags
 from models.weights import create_model, initialise_from, load_weights, model_from_checkpoint
-from utils import Results
 
 STATE = {"head.weight": torch.arange(6.0).reshape(2, 3), "head.bias": torch.tensor([1.0, -2.0])}
 TINY = dict(embed_dim=16, depth=2, num_heads=2, num_classes=4, location_stage_size=3, region_size=2)
@@ -51,34 +61,34 @@ def test_failing_writer_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_unsaveable_checkpoint_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pth"
-    utils.save_checkpoint({"model": STATE}, path)
+    save_checkpoint({"model": STATE}, path)
     before = path.read_bytes()
     with pytest.raises((AttributeError, TypeError, RuntimeError)):  # not even pickle takes a generator
-        utils.save_checkpoint({"model": STATE, "bad": (value for value in ())}, path)
+        save_checkpoint({"model": STATE, "bad": (value for value in ())}, path)
     assert path.read_bytes() == before
     assert names_in(tmp_path) == ["checkpoint.pth"]
 
 
 def test_readers_see_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    utils.save_json({"a": 1}, path)
+    save_json({"a": 1}, path)
 
     def write(temporary: Path) -> None:
         assert temporary.parent == path.parent  # a rename is atomic inside a file system only
         temporary.write_text("{}")
-        assert utils.load_json(path) == {"a": 1}
+        assert load_json(path) == {"a": 1}
 
     utils.write_atomically(path, write)
-    assert utils.load_json(path) == {}
+    assert load_json(path) == {}
     assert names_in(tmp_path) == ["results.json"]
 
 
 def test_keys_are_added_and_the_others_stay(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pth"
     args = argparse.Namespace(lr=0.1)
-    utils.save_checkpoint({"model": {"module.w": STATE["head.bias"]}, "args": args, "epoch": 7}, path)
-    utils.add_to_checkpoint(path, {"flops": [1.0, 2.0]})
-    found = utils.read_file(path)
+    save_checkpoint({"model": {"module.w": STATE["head.bias"]}, "args": args, "epoch": 7}, path)
+    add_to_checkpoint(path, {"flops": [1.0, 2.0]})
+    found = read_file(path)
     assert found.keys() == {"model", "args", "epoch", "flops"}
     assert found["args"] == args and found["epoch"] == 7 and found["flops"] == [1.0, 2.0]
     assert same_state(found["model"], {"module.w": STATE["head.bias"]})
@@ -89,7 +99,7 @@ def test_files_of_another_layout_take_no_results(tmp_path: Path) -> None:
     torch.save(STATE, path)
     before = path.read_bytes()
     with pytest.raises(ValueError, match="--results"):
-        utils.add_to_checkpoint(path, {"flops": [1.0]})
+        add_to_checkpoint(path, {"flops": [1.0]})
     assert path.read_bytes() == before
 
 
@@ -113,7 +123,7 @@ def test_files_of_another_layout_take_no_results(tmp_path: Path) -> None:
 )
 def test_layouts_of_checkpoints(content: dict, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "checkpoint.pth")
-    found = utils.load_checkpoint(tmp_path / "checkpoint.pth")
+    found = load_checkpoint(tmp_path / "checkpoint.pth")
     assert same_state(found["model"], STATE)
     for key in ("args", "epoch", "flop"):
         assert found.get(key) == content.get(key)
@@ -121,7 +131,7 @@ def test_layouts_of_checkpoints(content: dict, tmp_path: Path) -> None:
 
 def test_safetensors(tmp_path: Path) -> None:
     save_file(STATE, tmp_path / "model.safetensors")
-    assert same_state(utils.load_checkpoint(tmp_path / "model.safetensors")["model"], STATE)
+    assert same_state(load_checkpoint(tmp_path / "model.safetensors")["model"], STATE)
 
 
 class Trap:
@@ -137,7 +147,7 @@ class Trap:
 def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path) -> None:
     torch.save({"model": STATE, "args": Trap(tmp_path / "made")}, tmp_path / "trap.pth")
     with pytest.raises(ValueError, match="trap.pth is not a readable checkpoint"):
-        utils.load_checkpoint(tmp_path / "trap.pth")
+        load_checkpoint(tmp_path / "trap.pth")
     assert not (tmp_path / "made").exists()
     torch.load(tmp_path / "trap.pth", weights_only=False)
     assert (tmp_path / "made").exists()  # the trap works where it is allowed to
@@ -146,7 +156,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path) -> None:
 def test_whole_models_are_refused(tmp_path: Path) -> None:
     torch.save({"model": nn.Linear(2, 2)}, tmp_path / "pickled.pth")
     with pytest.raises(ValueError, match="pickled.pth"):
-        utils.load_checkpoint(tmp_path / "pickled.pth")
+        load_checkpoint(tmp_path / "pickled.pth")
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pth", "model.safetensors"])
@@ -156,7 +166,7 @@ def test_truncated_file(name: str, size: int, tmp_path: Path) -> None:
     torch.save({"model": STATE}, path) if path.suffix == ".pth" else save_file(STATE, path)
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ValueError, match=name) as caught:
-        utils.load_checkpoint(path)
+        load_checkpoint(path)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -164,19 +174,19 @@ def test_truncated_file(name: str, size: int, tmp_path: Path) -> None:
 def test_file_without_weights(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="other.pth"):
-        utils.load_checkpoint(tmp_path / "other.pth")
+        load_checkpoint(tmp_path / "other.pth")
 
 
 def test_file_that_is_not_there(tmp_path: Path) -> None:
     for path in (tmp_path / "no.pth", tmp_path / "no.safetensors", tmp_path):
         with pytest.raises(FileNotFoundError, match=str(path)):
-            utils.load_checkpoint(path)
+            load_checkpoint(path)
 
 
 def test_json_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_bytes(b"\xff{")
     with pytest.raises(ValueError, match="results.json"):
-        utils.load_json(tmp_path / "results.json")
+        load_json(tmp_path / "results.json")
 
 
 # Results
@@ -194,10 +204,10 @@ def test_results_read_every_spelling() -> None:
 
 def test_results_survive_a_checkpoint_and_json(tmp_path: Path) -> None:
     results = Results([1.0, 2.0], [50.0, 60.0], [[1.0, 1.5], [50.0, 55.0]], [[0.3], [0.7]])
-    utils.save_checkpoint({"model": STATE} | results.known(), tmp_path / "checkpoint.pth")
-    utils.save_json(results.known(), tmp_path / "results.json")
-    assert Results.of(utils.load_checkpoint(tmp_path / "checkpoint.pth")) == results
-    assert Results.of(utils.load_json(tmp_path / "results.json")) == results
+    save_checkpoint({"model": STATE} | results.known(), tmp_path / "checkpoint.pth")
+    save_json(results.known(), tmp_path / "results.json")
+    assert Results.of(load_checkpoint(tmp_path / "checkpoint.pth")) == results
+    assert Results.of(load_json(tmp_path / "results.json")) == results
     assert json.loads((tmp_path / "results.json").read_text()).keys() == {
         "flops",
         "anytime_classification",
@@ -230,8 +240,8 @@ def test_model_is_rebuilt_from_its_checkpoint(tmp_path: Path) -> None:
     model = create_model("lf_deit_nano", TINY)
     average = {name: value + 1 for name, value in model.state_dict().items()}
     saved = {"model": model.state_dict(), "model_ema": average, "model_name": "lf_deit_nano"}
-    utils.save_checkpoint(saved | {"model_kwargs": TINY}, tmp_path / "checkpoint.pth")
-    checkpoint = utils.load_checkpoint(tmp_path / "checkpoint.pth")
+    save_checkpoint(saved | {"model_kwargs": TINY}, tmp_path / "checkpoint.pth")
+    checkpoint = load_checkpoint(tmp_path / "checkpoint.pth")
     again, name, kwargs = model_from_checkpoint(checkpoint, "file.pth", None, {})
     assert (name, kwargs) == ("lf_deit_nano", TINY)
     assert same_state(again.state_dict(), model.state_dict())
@@ -296,7 +306,7 @@ def test_finetuning_starts_from_a_plain_model(
     torch.save({"model": state}, tmp_path / "deit.pth")
     model = timm.create_model("lf_deit_nano", **TINY)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    initialise_from(model, utils.load_checkpoint(tmp_path / "deit.pth")["model"], str(tmp_path / "deit.pth"))
+    initialise_from(model, load_checkpoint(tmp_path / "deit.pth")["model"], str(tmp_path / "deit.pth"))
     after = model.state_dict()
     for stage, side in enumerate((3, 6)):
         table = resample_abs_pos_embed(state["pos_embed"], [side, side], antialias=False)
@@ -318,7 +328,7 @@ def test_distillation_token_has_no_place(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "distilled.pth")
     model = timm.create_model("lf_deit_nano", **TINY)
     initialise_from(
-        model, utils.load_checkpoint(tmp_path / "distilled.pth")["model"], str(tmp_path / "distilled.pth")
+        model, load_checkpoint(tmp_path / "distilled.pth")["model"], str(tmp_path / "distilled.pth")
     )
     assert torch.equal(model.pos_embed_list[0], table)
 
@@ -346,10 +356,10 @@ def test_generators_continue_from_a_file(tmp_path: Path) -> None:
 
     utils.start("cpu", seed=3)
     numbers()  # an odd number of normal draws: half a pair is kept in NumPy's and Python's state
-    utils.save_checkpoint({"model": STATE, "rng": [utils.rng_state()]}, tmp_path / "checkpoint.pth")
+    save_checkpoint({"model": STATE, "rng": [rng_state()]}, tmp_path / "checkpoint.pth")
     expected = numbers()
     assert numbers() != expected
-    utils.restore_rng(utils.load_checkpoint(tmp_path / "checkpoint.pth")["rng"][0])
+    restore_rng(load_checkpoint(tmp_path / "checkpoint.pth")["rng"][0])
     assert numbers() == expected
     utils.start("cpu", seed=3)
     numbers()
@@ -361,20 +371,20 @@ def test_generators_continue_from_a_file(tmp_path: Path) -> None:
 
 def test_model_kwargs_take_json_and_words() -> None:
     parser = argparse.ArgumentParser()
-    command_line.add_model_arguments(parser)
+    flags.add_model_arguments(parser)
     argv = "--alpha 0.5 --model-kwargs depth=3 init=deit mlp_ratio=2.5 qkv_bias=false".split()
-    found = command_line.model_arguments(parser.parse_args(argv))
+    found = flags.model_arguments(parser.parse_args(argv))
     assert found == {"alpha": 0.5, "depth": 3, "init": "deit", "mlp_ratio": 2.5, "qkv_bias": False}
     with pytest.raises(ValueError, match="depth"):
-        command_line.model_arguments(parser.parse_args(["--model-kwargs", "depth"]))
+        flags.model_arguments(parser.parse_args(["--model-kwargs", "depth"]))
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), float("inf")])
 def test_values_out_of_range(value: float) -> None:
     with pytest.raises(ValueError, match="--threshold"):
-        command_line.check_range("--threshold", value, 0, 1)
-    command_line.check_range("--threshold", 0, 0, 1)
-    command_line.check_range("--threshold", 1, 0, 1)
+        utils.check_range("--threshold", value, 0, 1)
+    utils.check_range("--threshold", 0, 0, 1)
+    utils.check_range("--threshold", 1, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -398,7 +408,7 @@ def test_errors_become_one_line_and_an_exit_code(
 
     monkeypatch.setattr("sys.argv", ["/path/tool.py"])
     with pytest.raises(SystemExit) as caught:
-        command_line.run_command(main)
+        utils.run_command(main)
     assert caught.value.code == code
     assert capsys.readouterr().err.splitlines() == [line]
 
@@ -408,4 +418,4 @@ def test_own_mistakes_keep_their_traceback() -> None:
         raise KeyError("bug")
 
     with pytest.raises(KeyError):
-        command_line.run_command(main)
+        utils.run_command(main)
