@@ -660,10 +660,10 @@ def tables():
     """The package, to make sets with."""
     if archives_missing():
         pytest.skip("the Hugging Face package is not installed")
-    from loading.hugging_face import hugging_face
+    from loading.hugging_face import load_hugging_face, named_datasets
 
-    with hugging_face():
-        yield sys.modules["datasets"]
+    with named_datasets(load_hugging_face()) as package:
+        yield package
 
 
 def test_parquet_folder(tables, numbered: Path, tmp_path: Path) -> None:
@@ -715,11 +715,13 @@ def test_broken_image_is_named_not_replaced_by_the_next(tables, tmp_path: Path) 
         data[1]
 
 
-def test_the_two_modules_called_datasets_stay_apart(source: dict) -> None:
-    build_dataset(split="val", **source)[0]
+def test_the_two_modules_called_datasets_stay_apart(source: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = build_dataset(split="val", **source)
     assert sys.modules["datasets"] is datasets is __import__("datasets")
     assert Path(datasets.__file__).parent == ROOT
     if source["data_set"].startswith("hfds"):
-        from timm.data.readers import reader_hfds
+        from loading import hugging_face
 
-        assert reader_hfds.datasets is not datasets
+        assert hugging_face.load_hugging_face() is not datasets
+        monkeypatch.setattr(hugging_face, "named_datasets", lambda _: pytest.fail("swapped to read a row"))
+        assert len(list(data)) == len(data)
