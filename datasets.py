@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch.utils.data import Dataset
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from loading.archives import Lmdb, Shards
 from loading.hugging_face import HuggingFace
@@ -28,11 +28,35 @@ DATA_CONFIG = dict(
 )
 
 
-class Folder(ImageFolder):
-    """Read a tree with one folder per class.
+class Images(Dataset):
+    """Read image files, each with a number; an item is (image, number).
+
+    Args:
+        samples: file and number of each image.
+        transform: from image to model input.
 
     Attributes:
         side: see images.load_image.
+    """
+
+    side = 0
+
+    def __init__(self, samples: list[tuple[str | Path, int]], transform: Callable | None = None):
+        self.samples, self.transform = samples, transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def load(self, index: int) -> Image.Image:
+        return load_image(self.samples[index][0], side=self.side)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = self.load(index)
+        return (self.transform(image) if self.transform else image), self.samples[index][1]
+
+
+class Folder(Images):
+    """Read a tree with one folder per class; the number of an image is its class.
 
     Args:
         root: of the tree.
@@ -44,29 +68,21 @@ class Folder(ImageFolder):
         ValueError: a folder is none of the given classes.
     """
 
-    side = 0
-
     def __init__(self, root: Path, transform: Callable | None = None, classes: list[str] | None = None):
-        self.model_classes = classes
-        super().__init__(str(root), transform, loader=self.load, allow_empty=True)
+        folders = sorted(entry.name for entry in Path(root).iterdir() if entry.is_dir())
+        if not folders:
+            raise FileNotFoundError(f"no class folder in {root}")
+        self.root, self.classes = root, classes or folders
+        if unknown := sorted(set(folders) - set(self.classes)):
+            raise ValueError(
+                f"{root} has the class folder {unknown[0]!r}, which is not among the model's classes"
+            )
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        super().__init__(make_dataset(str(root), numbers, IMG_EXTENSIONS, allow_empty=True), transform)
         if not self.samples:
             raise FileNotFoundError(
                 f"no image below {root}: expected a folder per class with .jpg, .png, ... files"
             )
-
-    def load(self, path: str) -> Image.Image:
-        return load_image(path, side=self.side)
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        folders = sorted(entry.name for entry in Path(directory).iterdir() if entry.is_dir())
-        if not folders:
-            raise FileNotFoundError(f"no class folder in {directory}")
-        classes = self.model_classes or folders
-        if unknown := sorted(set(folders) - set(classes)):
-            raise ValueError(
-                f"{directory} has the class folder {unknown[0]!r}, which is not among the model's classes"
-            )
-        return classes, {name: i for i, name in enumerate(classes)}
 
 
 class TokenLabelled(Dataset):
@@ -86,20 +102,14 @@ class TokenLabelled(Dataset):
         return load_label(label_path(self.labels, self.folder.samples[index][0]), len(self.classes))
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
-        image = self.folder.load(self.folder.samples[index][0])
-        return self.transform(image, self.label(index))
+        return self.transform(self.folder.load(index), self.label(index))
 
 
-class INaturalist(Dataset):
+class INaturalist(Images):
     """Read iNaturalist 2018 or 2019 by its JSON annotations.
 
     A class is a value of `category`, numbered by first appearance in the training annotations.
-
-    Attributes:
-        side: see images.load_image.
     """
-
-    side = 0
 
     def __init__(self, root: Path, year: int, split: str, category: str, transform: Callable | None = None):
         files = [root / f"{part}{year}.json" for part in ("train", "train" if split == "train" else "val")]
@@ -113,38 +123,22 @@ class INaturalist(Dataset):
         self.classes = list(seen)
         numbers = {name: i for i, name in enumerate(self.classes)}
         trained = {number for number, name in of_category.items() if name in numbers}
-        self.samples = []
+        samples = []
         for image in own["images"]:
             parts = image["file_name"].split("/")  # split, kingdom, category id, file
             if int(parts[2]) not in trained:
                 raise ValueError(
                     f"{files[1]}: {image['file_name']} is of a class without a training annotation"
                 )
-            self.samples.append((root / parts[0] / parts[2] / parts[3], numbers[of_category[int(parts[2])]]))
-        if self.samples and not self.samples[0][0].exists():  # the archives keep the kingdom in the path
-            self.samples = [
-                (root / image["file_name"], label)
-                for image, (_, label) in zip(own["images"], self.samples, strict=True)
-            ]
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        path, label = self.samples[index]
-        image = load_image(path, side=self.side)
-        return (self.transform(image) if self.transform else image), label
+            samples.append((root / parts[0] / parts[2] / parts[3], numbers[of_category[int(parts[2])]]))
+        if samples and not samples[0][0].exists():  # the archives keep the kingdom in the path
+            names = [image["file_name"] for image in own["images"]]
+            samples = [(root / name, label) for name, (_, label) in zip(names, samples, strict=True)]
+        super().__init__(samples, transform)
 
 
-class Files(Dataset):
-    """Read unlabelled pictures, a file or every image below a folder; an item is (image, index).
-
-    Attributes:
-        side: see images.load_image.
-    """
-
-    side = 0
+class Files(Images):
+    """Read unlabelled pictures, a file or every image below a folder; the number of an image is its index."""
 
     def __init__(self, path: str | Path, transform: Callable | None = None):
         path = Path(path)
@@ -153,14 +147,7 @@ class Files(Dataset):
         self.paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if is_image(p))
         if not self.paths:
             raise FileNotFoundError(f"no image below {path}")
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = load_image(self.paths[index], side=self.side)
-        return (self.transform(image) if self.transform else image), index
+        super().__init__([(path, index) for index, path in enumerate(self.paths)], transform)
 
     def in_original(self, index: int, box: list[int], img_size: int, config: dict[str, Any]) -> list[int]:
         """Map left, top, right, bottom in model input to pixels of the picture on disk."""
