@@ -345,7 +345,7 @@ def test_a_checkpoint_brings_its_rate_to_inference(
     evit: Path, folder: Path, tmp_path: Path, command: Command
 ) -> None:
     from models.weights import model_from_checkpoint
-    from utils import load_checkpoint
+    from checkpointing.format import load_checkpoint
 
     checkpoint = load_checkpoint(evit / "checkpoint.pth")
     model, *_ = model_from_checkpoint(checkpoint, "it", None, {})
