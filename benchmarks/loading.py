@@ -23,7 +23,7 @@ from benchmarks.table import ModelSpec
 from benchmarks.timing import rates_in_turn
 from engine import Precision
 from loading import loaders
-from loading.loaders import AS_BYTES, OnDevice
+from loading.loaders import AS_BYTES, DeviceLoader
 from models.weights import baseline_model
 from utils import log
 
@@ -117,7 +117,7 @@ def batches_of(
     )
     if variant.on_device:
         erasing = {name: AUGMENTATION[name] for name in ERASING if variant.training}
-        return iter(OnDevice(loader, device, config, **erasing))
+        return iter(DeviceLoader(loader, device, config, **erasing))
     return (loaders.to_device(batch, device) for batch in loader)
 
 

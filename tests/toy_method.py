@@ -30,11 +30,11 @@ class Toy(AdaptiveViT):
     recipe = {"lr": 1e-3, "far_from": 0.25}
     knobs = {"far": Knob(int, 1, 196)}
     flags = (
-        Flag("--far", "far", "toy: patches that stay after block 1", int),
+        Flag("--far", "toy: patches that stay after block 1", int),
         Flag(
             "--far-from",
-            "far_from_epoch",
             "toy: share of the epochs after which patches are dropped",
+            argument="far_from_epoch",
             epochs=True,
             training=True,
         ),
