@@ -3,7 +3,6 @@
 They also read its documentation: links, file tree, code.
 """
 
-import argparse
 import ast
 import re
 from collections.abc import Callable, Iterator
@@ -16,7 +15,8 @@ import timm
 import torch
 from cases import ROOT, run
 
-from models import Adaptive, AdaptiveViT, flags
+from models import Adaptive, AdaptiveViT
+from models.registry import registered
 
 FOLDERS = ("models", "loading", "checkpointing", "inference", "benchmarks", "scripts")
 COMMANDS = ("main_deit", "dynamic_inference", "visualize")
@@ -105,36 +105,24 @@ def test_imports_make_no_circle() -> None:
 
 
 @cache
-def smallest() -> list[Adaptive]:
-    """A model of every method, at the sizes of the embedded data set."""
-    built = [timm.create_model(name) for name in timm.list_models("*nano*") if is_ours(name)]
-    return [model for model in built if type(model) is not AdaptiveViT]
-
-
-def is_ours(name: str) -> bool:
-    return timm.model_entrypoint(name).__module__.startswith("models")
-
-
-def subclasses(cls: type) -> set[type]:
-    """All classes of models/ below a class."""
-    own = {sub for sub in cls.__subclasses__() if sub.__module__.startswith("models.")}
-    return own.union(*map(subclasses, own))
+def methods() -> dict[str, type[Adaptive]]:
+    """Class of every registered name that is more than the plain model; methods that a test adds left out."""
+    classes = {name: cls for name, (cls, _) in registered.items()}
+    own = {name: cls for name, cls in classes.items() if cls.__module__.startswith("models.")}
+    return {name: cls for name, cls in own.items() if cls is not AdaptiveViT}
 
 
 @cache
 def name_pattern() -> re.Pattern[str]:
     """Registered names, classes and modules of the methods; their papers' names as one writes them: A-ViT."""
-    plain = {"models.vit", "models.weights"}
-    classes = {cls for cls in subclasses(Adaptive) if cls.__module__ not in plain}
+    classes = {base for cls in methods().values() for base in cls.__mro__ if issubclass(base, AdaptiveViT)}
+    classes = (classes | set(methods().values())) - {AdaptiveViT}
     own = {cls.__module__.removeprefix("models.") for cls in classes}
-    assert {"lf_vit", "cf_vit", "lv_vit", "evit", "dvt", "a_vit", "t2t"} <= own
-    words = {name for name in timm.list_models() if is_ours(name)} - {"deit_nano"}  # the plain one
-    words |= own | {cls.__name__ for cls in classes} - {"Exit"}  # an English word too, as two-stage is
-    papers = {
-        "(?i:" + name.replace("_", "[-_]?") + ")" for name in own - {"two_stage"}
-    }  # a_vit: A-ViT, avit_...
-    parts = sorted(papers) + sorted(map(re.escape, words))
-    return re.compile(rf"(?<![A-Za-z0-9])(?:{'|'.join(parts)})(?![A-Za-z0-9])")
+    assert {"lf_vit", "cf_vit", "lv_vit", "evit", "dvt", "a_vit", "t2t", "two_stage"} <= own
+    words = [re.escape(word) for word in {*methods(), *own, *(cls.__name__ for cls in classes)}]
+    # a_vit: A-ViT, avit_...; two-stage is English.
+    words += [f"(?i:{name.replace('_', '[-_]?')})" for name in own - {"two_stage"}]
+    return re.compile(rf"(?<![A-Za-z0-9])(?:{'|'.join(sorted(words))})(?![A-Za-z0-9])")
 
 
 @cache
@@ -143,21 +131,18 @@ def flag_pattern() -> re.Pattern[str]:
 
     Attributes of one word (alpha) are left out: other libraries have arguments of these names.
     """
-    parser = argparse.ArgumentParser(add_help=False)
-    flags.add_model_arguments(parser)
-    shared = {"model", "model_kwargs", "img_size"}  # of every model
-    actions = [action for action in parser._actions if action.dest not in shared]
-    assert "keep_rate" in {action.dest for action in actions}
-    strings = [re.escape(string) for action in actions for string in action.option_strings]
-    names = [rf"\b{action.dest}\b" for action in actions if "_" in action.dest]
-    return re.compile(rf"(?:{'|'.join(strings)})(?![\w-])|{'|'.join(names)}")
+    declared = {flag for cls in methods().values() for flag in cls.flags}
+    assert "--keep-rate" in {name for flag in declared for name in flag.spellings}
+    flags = {re.escape(name) for flag in declared for name in flag.spellings}
+    names = {name for flag in declared for name in (*flag.words, flag.target) if "_" in name}
+    return re.compile(rf"(?:{'|'.join(sorted(flags))})(?![\w-])|\b(?:{'|'.join(sorted(names))})\b")
 
 
 @cache
 def info_keys() -> set[str]:
     """Keys of the infos of every method at its smallest, in training and evaluation; kept_1 as kept_."""
     keys: set[str] = set()
-    for model in smallest():
+    for model in (timm.create_model(name) for name in methods() if "nano" in name):
         for training in (True, False):
             model.train(training)
             for output in model(torch.zeros(2, 3, model.img_size, model.img_size)):
@@ -282,3 +267,33 @@ def test_python_of_the_readme_runs(folder: Path, trained: Path) -> None:
     code = code.replace("output/quickstart/checkpoint.pth", str(trained / "checkpoint.pth"))
     ended = run("-c", code.replace("data/digits", str(folder)))
     assert ended.returncode == 0, ended.stderr
+
+
+TRY_SKELETON = """
+import timm, torch
+from engine import early_exit
+from models.cost import exit_gflops
+from models.flags import declared_flags
+model = timm.create_model("topk_deit_nano", num_classes=3, count=60, after=1).eval()
+images = torch.randn(2, 3, 56, 56)
+logits, _ = early_exit(model, images, [])
+assert logits.shape == (2, 3) and torch.equal(logits, model(images)[0].logits)
+assert model.picture(model(images)[0].info).kept[0].shape == (2, 60)
+costly = exit_gflops(model)
+model.count = 20
+assert exit_gflops(model) < costly
+assert "--count" in {name for flag in declared_flags() for name in flag.spellings}
+"""
+
+
+def test_skeleton_of_the_guide_works() -> None:
+    code = (ROOT / "CONTRIBUTING.md").read_text().split("```python\n")[1].split("```")[0]
+    ended = run("-c", code + TRY_SKELETON)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_the_hooks_have_the_tested_ruff() -> None:
+    hooks, lock = (ROOT / name for name in (".pre-commit-config.yaml", "requirements.lock"))
+    assert set(re.findall(r"ruff==[\d.]+", hooks.read_text())) == set(
+        re.findall("ruff==.*", lock.read_text())
+    )
