@@ -44,7 +44,7 @@ MODES = {
 def make_parser() -> argparse.ArgumentParser:
     parser = utils.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    flags.add_model_arguments(parser)
+    flags.add_model_flags(parser)
     add("--checkpoint_path", "--resume", metavar="FILE", required=True)
     add("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
     add(
@@ -238,8 +238,8 @@ def mode_timed(session: Session) -> None:
     *left, right = utils.sum_over_ranks(tally).tolist()
     shares, accuracy = [count / sum(left) for count in left], 100 * right / sum(left)
     mean_gflops = sum(share * cost for share, cost in zip(shares, session.gflops, strict=True))
-    if model.cost_varies:
-        mean_gflops = session.predict(loader.dataset.dataset).gflops.mean().item()
+    if (own := session.predict(loader.dataset.dataset).gflops) is not None and model.num_exits == 1:
+        mean_gflops = own.mean().item()
     rows = [["early exit", mean_gflops, *speeds(ours, session.context)]]
     if plain:
         rows.append([args.baseline, baseline_gflops, *speeds(passes[1], session.context)])

@@ -20,7 +20,6 @@ import utils
 from loading.loaders import Shard, to_device
 from loading.sampler import names_of_batch
 from models import Adaptive, StageOutput
-from models.cost import token_gflops
 from models.exits import Predictions, choose_exits, confidence, uniform_thresholds
 from utils import MainError, gather, log, sum_over_ranks
 
@@ -256,7 +255,7 @@ def train_one_epoch(
             update.scheduler.step_update(epoch * updates + step // update.accumulate + 1)
             spoilt = False
         progress.step = step + 1
-        on_step(step, len(images), losses | own.schedules())
+        on_step(step, len(images), losses | {name: getattr(own, name) for name in own.knobs})
         if last:
             on_update(values[len(shown) + 1 :])
     return {name: total / progress.batches for name, total in progress.sums.items()}
@@ -310,8 +309,8 @@ def predict(
         )
         cost = torch.zeros_like(loss)  # [B,E]
         for k, out in enumerate(outputs):
-            if "tokens" in out.info:
-                cost[:, k], own_costs = token_gflops(model, out.info["tokens"]), True
+            if (own := model.image_gflops(k, out.info)) is not None:
+                cost[:, k], own_costs = own, True
         columns = [confidence(logits), best[..., 0], best.any(dim=-1), loss, cost]
         rows.append(torch.stack(columns, dim=-1))  # [B,E,5]
     shard: Shard = loader.dataset

@@ -38,8 +38,13 @@ from loading.images import Readable
 from loading.loaders import AS_BYTES, DeviceLoader
 from loading.token_labels import PairedTransform, token_targets
 from models import Adaptive, flags, recipe_of
-from models.a_vit import model_from_name
-from models.weights import create_model, foreign_kwargs, initialise_from, model_from_checkpoint
+from models.weights import (
+    create_model,
+    initialise_from,
+    model_from_checkpoint,
+    published_kwargs,
+    published_name,
+)
 from utils import log
 from visualize import draw_classes, explain
 
@@ -86,13 +91,10 @@ METRICS = ("top1_f", "top5_f", "top1_c", "top5_c")
 def make_parser() -> argparse.ArgumentParser:
     parser = utils.Parser(description="Trains and evaluates the models.")
     group = parser.add_argument_group("model")
-    flags.add_model_arguments(group)
+    flags.add_model_flags(group, training=True)
     add = group.add_argument
     add("--drop-path", type=float, default=0.1, help="stochastic depth rate of the last block")
     add("--finetune", metavar="FILE", help="start from the weights of a timm, DeiT or own checkpoint")
-    add("--select-from", type=float, help="share of the epochs after which selection starts (LF-ViT: 0.77)")
-    add("--coarse-only", type=float, help="share of the epochs that train the first stage alone")
-    add("--dense-weight", type=float, help="weight of the patch tokens' loss (LV-ViT: 1)")
 
     group = parser.add_argument_group("data")
     add = group.add_argument
@@ -245,7 +247,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
     if args.demo:
         if not source:
             raise ValueError("--demo needs the weights to draw with: --finetune FILE")
-        name = name or model_from_name(source)
+        name = name or published_name(source)
     recipe = recipe_of(name or "")
     saved = checkpoint.get("args") if isinstance(checkpoint.get("args"), dict) else {}
     saved = {key: value for key, value in saved.items() if key in vars(args) and key not in OF_ONE_RUN}
@@ -283,15 +285,9 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
 
 def model_kwargs(args: argparse.Namespace, num_classes: int | None) -> dict:
     """Constructor arguments; shares of the run become epochs."""
-    kwargs = flags.model_arguments(args) | {"drop_path_rate": args.drop_path}
+    kwargs = flags.constructor_kwargs(vars(args), args.epochs) | {"drop_path_rate": args.drop_path}
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
-    if args.select_from is not None:
-        kwargs["select_from_epoch"] = args.select_from * args.epochs
-    if args.dense_weight is not None:
-        kwargs["dense_weight"] = args.dense_weight
-    if args.coarse_only is not None:
-        kwargs["coarse_only_epochs"] = args.coarse_only * args.epochs
     return kwargs
 
 
@@ -422,7 +418,7 @@ def main() -> None:
     else:
         name, start = args.model, load_checkpoint(args.finetune) if args.finetune else None
         if start and "model_kwargs" not in start:
-            kwargs = foreign_kwargs(name, start, args.finetune) | kwargs
+            kwargs = published_kwargs(name, start, args.finetune) | kwargs
         model = create_model(name, kwargs)
         if start:
             initialise_from(model, start["model"], args.finetune)
@@ -517,7 +513,7 @@ def main() -> None:
             losses = train_one_epoch(
                 wrapped, train_loader, criterion, update, epoch, precision, mixup, *hooks
             )
-            losses |= model.schedules()
+            losses |= {name: getattr(model, name) for name in model.knobs}
             readable.bad.report(context.device)
             if context.world > 1:  # every process has its own running statistics: one average is evaluated
                 for part in [model] + ([update.ema.module] if update.ema else []):

@@ -41,7 +41,7 @@ def parse_baseline(text: str) -> tuple[str, float, float]:
 def make_parser() -> argparse.ArgumentParser:
     parser = utils.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    flags.add_model_arguments(parser)
+    flags.add_model_flags(parser)
     add("--resume", "--checkpoint_path", metavar="FILE", required=True, help="checkpoint")
     add("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
     add("--output_dir", default="test_img", metavar="DIR", help="where pictures go")
@@ -105,7 +105,7 @@ def main() -> None:
     utils.check_range("--columns", args.columns, 1)
     checkpoint = load_checkpoint(args.resume)
     model, _, _ = model_from_checkpoint(
-        checkpoint, args.resume, args.model, flags.model_arguments(args), args.use_ema
+        checkpoint, args.resume, args.model, flags.constructor_kwargs(vars(args)), args.use_ema
     )
     model.to(context.device)
     config = datasets.data_config(model.recipe, checkpoint)

@@ -224,9 +224,6 @@ def draw_curve(lines: list[Line], path: Path, baselines: list[tuple[str, float, 
     utils.write_atomically(path, lambda temporary: FigureCanvasAgg(figure).print_png(temporary))
 
 
-PICTURED = {"cls_attn", "region", "depth", "tokens"}  # what a picture reads of a stage's info
-
-
 def explain(
     model: Adaptive,
     dataset: Dataset,
@@ -266,12 +263,13 @@ def explain_batch(
     model.eval()
     rows: list[dict] = [{} for _ in images]
     for step in cascade(model, images.to(next(model.parameters()).device), thresholds):
-        logits, info = step.output
-        shown = {name: info[name].float().cpu() for name in PICTURED & info.keys()}
-        kept = [patches.cpu() for patches in model.kept_patches(info)]
+        logits, shown = step.output.logits, model.picture(step.output.info)
+        kept = [patches.cpu() for patches in (shown.refined, *shown.kept) if patches is not None]
+        parts = {"heat": shown.heat, "box": shown.region, "depth": shown.depth}
+        parts = {name: value.float().cpu() for name, value in parts.items() if value is not None}
         predicted, sure = logits.argmax(dim=-1).tolist(), confidence(logits).tolist()
         for at, row in enumerate(step.rows.tolist()):
-            rows[row] |= {name: value[at].numpy() for name, value in shown.items()}
+            rows[row] |= {name: value[at].numpy() for name, value in parts.items()} | {"blocks": shown.blocks}
             rows[row]["kept"] = [patches[at].numpy() for patches in kept]
             rows[row] |= {"exit": step.exit, "predicted": predicted[at], "sure": sure[at]}
     pixels = images.cpu().permute(0, 2, 3, 1) * torch.tensor(config["std"]) + torch.tensor(config["mean"])
@@ -281,12 +279,11 @@ def explain_batch(
 
 
 def as_explained(image: np.ndarray, label: int | None, row: dict, patch_size: int) -> Explained:
-    attention, depth = row.get("cls_attn"), row.get("depth")
+    attention, depth = row.get("heat"), row.get("depth")
     if attention is not None:
         attention = attention.reshape(round(len(attention) ** 0.5), -1)
     if depth is not None:
-        grid = math.isqrt(len(depth))  # the tokens before the patches are fewer than the next square takes
-        depth = depth[-grid * grid :].astype(int).reshape(grid, grid)
+        depth = depth.astype(int).reshape(math.isqrt(len(depth)), -1)
     side, kept = len(image) // patch_size, []
     for patches in row["kept"]:
         mask = np.zeros(side * side, dtype=bool)
@@ -296,10 +293,10 @@ def as_explained(image: np.ndarray, label: int | None, row: dict, patch_size: in
         image=image,
         attention=attention,
         depth=depth,
-        blocks=len(row.get("tokens", ())),
+        blocks=row["blocks"],
         kept=kept,
         panels=len(kept),
-        box=tuple(int(value) * patch_size for value in row["region"]) if "region" in row else None,
+        box=tuple(map(int, row["box"])) if "box" in row else None,
         exit=row["exit"],
         predicted=row["predicted"],
         confidence=row["sure"],

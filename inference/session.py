@@ -82,7 +82,7 @@ def open_session(args: argparse.Namespace, context: utils.Context) -> Session:
     if stores and not isinstance(read_file(Path(args.checkpoint_path)).get("model"), dict):
         raise ValueError(f"{args.checkpoint_path} takes no results: name a JSON file for them with --results")
     model, name, _ = model_from_checkpoint(
-        checkpoint, args.checkpoint_path, args.model, flags.model_arguments(args), args.use_ema
+        checkpoint, args.checkpoint_path, args.model, flags.constructor_kwargs(vars(args)), args.use_ema
     )
     gflops = exit_gflops(model)
     check_flops(Results.of(checkpoint).flops, gflops)

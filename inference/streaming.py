@@ -253,11 +253,9 @@ def compile_models(
         for model, run in runs.items():
             for name in names or model.compiled:
                 method = getattr(model, name)
-                if model.cost_varies:  # as many rows as tokens are live: no fixed shape to record
-                    compiled = torch.compile(method, dynamic=True)
-                else:
-                    compiled = torch.compile(method, mode=mode)
-                    compiled = compiled if mode == "default" else keep_outputs(compiled)
+                options = model.compiled.get(name, {}) or {"mode": mode}
+                compiled = torch.compile(method, **options)
+                compiled = keep_outputs(compiled) if options.get("mode") == "reduce-overhead" else compiled
                 setattr(model, name, compiled)
             run()
     except Exception as error:  # compilers fail in many ways; the models themselves are as good as before

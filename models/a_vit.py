@@ -10,13 +10,17 @@ import re
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_model
 from torch import Tensor
 
-from models.vit import NANO, AdaptiveViT, Block, StageOutput, build
+from models.cost import token_gflops
+from models.flags import Flag
+from models.registry import register
+from models.vit import NANO, AdaptiveViT, Block, Knob, Picture, StageOutput
+from models.weights import file_name_readers
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -28,7 +32,7 @@ MASKED = -1000.0  # added to the attention logits of halted tokens, whose weight
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """Attention within each of several sequences that lie one after the other.
+    """Attend within each of several sequences that lie one after the other.
 
     On a CPU one call per sequence is fastest: a padded batch needs a mask, which costs more than it saves.
 
@@ -53,7 +57,7 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor
 
 
 def attend_padded(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """`attend_packed` with all sequences padded to the longest."""
+    """Return what `attend_packed` does, with all sequences padded to the longest."""
     valid = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # [B,n], on the CPU as `lengths` are
     rows = valid.flatten().nonzero()[:, 0].to(q.device, non_blocking=True)
     bias = torch.zeros(valid.shape).masked_fill(~valid, MASKED)[:, None, None].to(q, non_blocking=True)
@@ -63,7 +67,7 @@ def attend_padded(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor
 
 
 def halting_prior(depth: int) -> Tensor:
-    """Target of the halting scores per block, [L] float32: a normal density around two thirds of the depth.
+    """Return the target of the halting scores, [L] float32: a normal density around two thirds of the depth.
 
     As published for 12 blocks: deviation 1, normalised over the blocks before the peak, its sum is above 1.
     """
@@ -73,7 +77,7 @@ def halting_prior(depth: int) -> Tensor:
 
 
 def prior_loss(scores: Tensor, target: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of the halting scores from their prior, divided by L as published.
+    """Return the Kullback-Leibler divergence of halting scores from their prior, divided by L as published.
 
     Args:
         scores: [B,L] mean halting score of each image's tokens after each block.
@@ -84,19 +88,25 @@ def prior_loss(scores: Tensor, target: Tensor) -> Tensor:
     return F.kl_div(share.log(), target, reduction="batchmean")  # the first dimension, here L, is the batch
 
 
-def gates_from_name(path: str | Path) -> dict[str, float]:
-    """Gate constants of a published file, mostly in its name, as small-10-75.pth; {} for any other name."""
-    if Path(path).stem == "visualization-tiny":  # the published demo's file, whose name does not tell
-        return dict(gate_scale=5.0, gate_center=50.0)
+def read_file_name(path: Path) -> dict[str, Any]:
+    """Return what the name of a published file tells: `model_name`, and the gate as `model_kwargs`.
+
+    As small-10-75.pth for a scale of 10 and a center of 75.
+    """
+    entries: dict[str, Any] = {}
+    if size := re.search("tiny|small", path.stem):
+        entries["model_name"] = f"avit_deit_{size[0]}"
     number = r"-(\d+(?:\.\d+)?)"
-    found = re.search(rf"(?:^|-)[^-]*[A-Za-z][^-]*{number}{number}$", Path(path).stem)
-    return dict(zip(("gate_scale", "gate_center"), map(float, found.groups()), strict=True)) if found else {}
+    gate = re.search(rf"(?:^|-)[^-]*[A-Za-z][^-]*{number}{number}$", path.stem)
+    values = gate.groups() if gate else None
+    if path.stem == "visualization-tiny":  # the published demo's file, whose name does not tell its gate
+        values = 5, 50
+    if values:
+        entries["model_kwargs"] = dict(zip(("gate_scale", "gate_center"), map(float, values), strict=True))
+    return entries
 
 
-def model_from_name(path: str | Path) -> str | None:
-    """The model that the name of a published file tells, such as visualization-tiny.pth."""
-    found = re.search("tiny|small", Path(path).stem)
-    return found and f"avit_deit_{found[0]}"
+file_name_readers.append(read_file_name)
 
 
 class AViT(AdaptiveViT):
@@ -124,10 +134,15 @@ class AViT(AdaptiveViT):
         ValueError: gate_scale, gate_center or ponder_token_scale is out of range.
     """
 
-    cost_varies = True
-    knobs = ("gate_center", "gate_scale")
-    compiled = ("project", "finish")  # what lies between has the number of rows on the host
-    depth_shares = (1.0, 0.79, 0.66)  # none halts; the published small and tiny models by their cost
+    knobs = {"gate_center": Knob(float, -200.0, 200.0), "gate_scale": Knob(float, 0.0, 1000.0)}
+    # What lies between these two has the number of rows on the host.
+    compiled = {"project": {"dynamic": True}, "finish": {"dynamic": True}}
+    flags = (
+        Flag("--gate_scale", "A-ViT: slope of the halting gate"),
+        Flag("--gate_center", "A-ViT: offset of the halting gate; less halts earlier"),
+        Flag("--ponder_token_scale", "A-ViT: weight of the mean depth of tokens in the loss"),
+        Flag("--distr_prior_alpha", "A-ViT: weight of the halting prior in the loss; 0 for none"),
+    )
 
     def __init__(
         self,
@@ -148,22 +163,30 @@ class AViT(AdaptiveViT):
         self.stop_at_class_token = stop_at_class_token
         self.register_buffer("prior", halting_prior(len(self.blocks)), persistent=False)
 
-    def stage(self, k: int, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:
-        self.check_images(images)
-        x = self.patch_embed(images)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # [B,N,C]
+    def run(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run the blocks on tokens [B,N,C]; return the weighted sum [B,C] of the class token's outputs."""
         static = self.training or torch.jit.is_tracing() or torch.compiler.is_compiling()
         out, info = self.masked(x) if static else self.packed(x)
-        return StageOutput(self.head(self.norm(out.to(x.dtype))), info)
+        return out.to(x.dtype), info
+
+    def read_out(self, x: Tensor, info: dict[str, Tensor]) -> StageOutput:
+        return StageOutput(self.head(self.norm(x)), info)
+
+    def image_gflops(self, k: int, info: dict[str, Tensor]) -> Tensor:
+        return token_gflops(self, info["tokens"])
+
+    def picture(self, info: dict[str, Tensor]) -> Picture:
+        depth = info["depth"][:, self.num_prefix_tokens :]
+        return super().picture(info)._replace(depth=depth, blocks=len(self.blocks))
 
     def halt(self, i: int, x: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores of the tokens [...,C] after block i, sums [...] of scores with them, and who has halted."""
+        """Return the scores of the tokens [...,C] after block i, their sums [...] so far, and which halt."""
         score = torch.sigmoid(self.gate_scale * x[..., 0].float() - self.gate_center)
         total = total + score
         return score, total, total >= (0 if i == len(self.blocks) - 1 else THRESHOLD)
 
     def masked(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted sum [B,C] of the class token's outputs, and `info`; halted tokens of [B,N,C] are zero."""
+        """Return `run` of tokens [B,N,C] and the info, with halted tokens as zeros."""
         rest = torch.ones(x.shape[:2], device=x.device)  # 1 - the scores so far, until the token halts
         total, live, out = torch.zeros_like(rest), torch.ones_like(rest, dtype=torch.bool), 0.0
         entered, scores = [], []
@@ -186,7 +209,7 @@ class AViT(AdaptiveViT):
         return out, info | {"rho": info["depth"] + rest}
 
     def packed(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """`masked` without the halted tokens: all live tokens of the batch are rows [T,C] of one matrix.
+        """Return what `masked` does, without the halted tokens: live ones are rows [T,C] of one matrix.
 
         The host waits for the device once per block, to learn how many tokens of each image go on.
         """
@@ -221,35 +244,20 @@ class AViT(AdaptiveViT):
         rho = depth + remainder
         return out, {"depth": depth.view(batch, n), "rho": rho.view(batch, n), "tokens": tokens}
 
-    @torch.inference_mode()
-    def fit_depth(self, images: Tensor, share: float) -> None:
-        """Moves gate_center to where the tokens of images [B,3,S,S] have this mean depth, as a share of L."""
-        low, high = -200.0, 200.0
-        for _ in range(16):
-            self.gate_center = (low + high) / 2
-            deep = self(images)[0].info["depth"].double().mean() > share * len(self.blocks)
-            low, high = (low, self.gate_center) if deep else (self.gate_center, high)
-        self.gate_center = high
-
-    def foreign_kwargs(self, source: str, args: dict[str, object]) -> dict[str, object]:
-        """Gates from the published command line, or from the file's name, which is what was trained."""
-        stored = {name: args[name] for name in ("gate_scale", "gate_center") if args.get(name) is not None}
-        return stored | gates_from_name(source)
-
     @staticmethod
     def project(block: Block, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [T,H,d] of packed rows [T,C]."""
+        """Return the queries, keys and values [T,H,d] of packed rows [T,C]."""
         return block.attn.qkv(block.norm1(x)).unflatten(1, (3, block.attn.num_heads, -1)).unbind(1)
 
     @staticmethod
     def finish(block: Block, x: Tensor, out: Tensor) -> Tensor:
-        """The rest of a block, from packed rows [T,C] and what was attended to, [T,H,d]."""
+        """Run the rest of a block on packed rows [T,C] and what was attended to, [T,H,d]."""
         return block.feed(block.residual(x, block.attn.proj(out.flatten(1))))
 
     def loss(
         self, outputs: list[StageOutput], target: Tensor, criterion: Callable[[Tensor, Tensor], Tensor]
     ) -> dict[str, Tensor]:
-        """The criterion, the mean ponder cost, and in training the divergence from the halting prior."""
+        """Return the criterion, the mean ponder cost, and in training the loss of the halting prior."""
         logits, info = outputs[0]
         terms = {"ce": criterion(logits, target), "ponder": self.ponder_token_scale * info["rho"].mean()}
         if self.distr_prior_alpha > 0 and "scores" in info:
@@ -257,7 +265,7 @@ class AViT(AdaptiveViT):
         return terms
 
     def statistics(self, outputs: list[StageOutput]) -> dict[str, Tensor]:
-        """What a log should show of a batch, as scalars under the published names.
+        """Return what a log should show of a batch, as scalars under the published names.
 
         `cnt_token_*` are of blocks per token (`diff`: largest minus smallest of an image, mean over images),
         `expected_depth_ratio` is the mean over L, `live_tokens_<i>` the mean of tokens that enter block i.
@@ -270,23 +278,11 @@ class AViT(AdaptiveViT):
         return found | {"expected_depth_ratio": depth.mean() / len(self.blocks)}
 
 
-def register(names: tuple[str, ...], text: str, defaults: dict, recipe: dict) -> None:
-    """Registers a size of the model under all its names."""
-
-    def make(pretrained: bool = False, **kwargs) -> AViT:
-        model = build(AViT, defaults, {"pretrained": pretrained, **kwargs})
-        model.recipe = recipe
-        return model
-
-    make.__doc__, make.__module__ = text, __name__
-    for make.__name__ in names:  # the name it is registered under
-        register_model(make)
-
-
 TINY, TINY_RECIPE = dict(embed_dim=192, num_heads=3), dict(epochs=100, batch_size=128)
-SMALL, SMALL_RECIPE = dict(gate_center=75.0), dict(epochs=100, batch_size=96, lr=3e-4)
-register(("avit_deit_tiny", "avit_tiny_patch16_224"), "A-ViT on DeiT-Ti.", TINY, TINY_RECIPE)
-register(("avit_deit_small", "avit_small_patch16_224"), "A-ViT on DeiT-S.", SMALL, SMALL_RECIPE)
+SMALL_RECIPE = dict(epochs=100, batch_size=96, lr=3e-4)
+names = "avit_deit_tiny avit_tiny_patch16_224", "avit_deit_small avit_small_patch16_224"
+register(names[0], AViT, "A-ViT on DeiT-Ti.", recipe=TINY_RECIPE, **TINY)
+register(names[1], AViT, "A-ViT on DeiT-S.", recipe=SMALL_RECIPE, gate_center=75.0)
 # A lower center: in a run of two epochs the published ones let hardly any token halt.
-NANO_AVIT = NANO | dict(img_size=56, gate_center=10.0)
-register(("avit_deit_nano",), "A-ViT at the size of the embedded data set.", NANO_AVIT, {})
+text = "A-ViT at the size of the embedded data set."
+register("avit_deit_nano", AViT, text, **NANO, img_size=56, gate_center=10.0)

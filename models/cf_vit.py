@@ -7,12 +7,13 @@ Chen, Lin, Zhang et al., "CF-ViT: A General Coarse-to-Fine Method for Vision Tra
 
 import math
 
-from timm.models import register_model
 from torch import Tensor
 
+from models.flags import Flag
+from models.registry import register
 from models.selection import top_patches
 from models.two_stage import TwoStageViT
-from models.vit import NANO, build
+from models.vit import NANO
 
 
 class CFViT(TwoStageViT):
@@ -29,6 +30,10 @@ class CFViT(TwoStageViT):
 
     stage_names = ("coarse", "fine")
     recipe = {"select_from": 201 / 300}
+    flags = (
+        Flag("--coarse-stage-size", "CF-ViT: side of the coarse grid in patches (7 or 9)", int),
+        *TwoStageViT.flags,
+    )
 
     def __init__(self, coarse_stage_size: int = 7, alpha: float = 0.5, **two_stage):
         super().__init__(stage_size=coarse_stage_size, alpha=alpha, **two_stage)
@@ -39,13 +44,6 @@ class CFViT(TwoStageViT):
         return refined, rest, {}
 
 
-@register_model
-def cf_deit_small(pretrained: bool = False, **kwargs) -> CFViT:
-    """CF-ViT on DeiT-S: 7x7 or 9x9 coarse grid, 224 or 288 pixels."""
-    return build(CFViT, {"select_from_epoch": 201}, {"pretrained": pretrained, **kwargs})
-
-
-@register_model
-def cf_deit_nano(pretrained: bool = False, **kwargs) -> CFViT:
-    """CF-ViT at the size of the embedded data set: 7x7 coarse grid, 56 pixels."""
-    return build(CFViT, NANO, {"pretrained": pretrained, **kwargs})
+text = "CF-ViT on DeiT-S: 7x7 or 9x9 coarse grid, 224 or 288 pixels."
+register("cf_deit_small", CFViT, text, select_from_epoch=201)
+register("cf_deit_nano", CFViT, "CF-ViT at the size of the embedded data set: 7x7 grid, 56 pixels.", **NANO)

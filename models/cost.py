@@ -25,6 +25,8 @@ CHEAP = {
     eq ne bitwise_not bitwise_and __and__ ones_like zeros_like
     dropout_ im2col repeat_interleave reshape_as clamp_min cos sin
     linalg_vector_norm col2im square hardsigmoid
+    scatter_add scatter_reduce index_add minimum maximum abs norm var logical_and logical_or logical_not amin
+    aminmax cumprod fill_ one_hot softplus erf rms_norm
     """.split()
 }
 
@@ -54,7 +56,7 @@ class StageRunner(nn.Module):
 
 @torch.no_grad()
 def stage_gflops(model: Adaptive) -> list[float]:
-    """GFLOPs that each stage adds, for one image in evaluation mode.
+    """Count the GFLOPs that each stage adds, for one image in evaluation mode.
 
     Raises:
         RuntimeError: a stage runs an operator that is neither counted nor known to be cheap.
@@ -88,13 +90,13 @@ def stage_gflops(model: Adaptive) -> list[float]:
 
 
 def token_gflops(model: AdaptiveViT, tokens: Tensor) -> Tensor:
-    """GFLOPs of each image of a plain ViT that tokens leave between blocks (A-ViT), as `stage_gflops` counts.
+    """Count the GFLOPs of each image of a plain ViT that tokens leave between blocks, as `stage_gflops` does.
 
     Its `stage_gflops` are those of an image whose tokens all stay to the last block.
 
     Args:
         model: on any device.
-        tokens: [B,L] tokens that enter each block, the class token included: `info["tokens"]`.
+        tokens: [B,L] tokens that enter each block, the class token included.
 
     Returns:
         [B] float64.
@@ -109,5 +111,29 @@ def token_gflops(model: AdaptiveViT, tokens: Tensor) -> Tensor:
 
 
 def exit_gflops(model: Adaptive) -> list[float]:
-    """Cumulative GFLOPs of leaving at each exit, the `flops` of a checkpoint."""
+    """Count the cumulative GFLOPs of leaving at each exit, the `flops` of a checkpoint."""
     return torch.tensor(stage_gflops(model), dtype=torch.float64).cumsum(0).tolist()
+
+
+@torch.inference_mode()
+def fit_knob(model: Adaptive, images: Tensor, share: float) -> None:
+    """Move a model's first knob to where images cost a share of the most that they can, on average.
+
+    Args:
+        model: in evaluation mode; what a stage costs must depend on the image.
+        images: [B,3,S,S].
+        share: from 0 to 1, of the mean cost at the dearer end of the knob.
+    """
+    name, (_, low, high) = next(iter(model.knobs.items()))
+
+    def cost(value: float) -> float:
+        setattr(model, name, value)
+        costs = [model.image_gflops(k, output.info) for k, output in enumerate(model(images))]
+        return torch.stack(costs).sum(dim=0).mean().item()
+
+    cheap, dear = sorted((low, high), key=cost)
+    wanted = share * cost(dear)
+    for _ in range(20):
+        middle = (cheap + dear) / 2
+        cheap, dear = (cheap, middle) if cost(middle) > wanted else (middle, dear)
+    setattr(model, name, dear)

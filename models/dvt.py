@@ -6,18 +6,18 @@ Grid side s, P = s*s patches, N = P + 1 tokens, and s', P', N' in the transforme
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp, resample_patch_embed
-from timm.models import register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.t2t import RECIPE, RECIPE_12, T2T_12, T2T_14, T2TViT, build_t2t, grid_sides
-from models.vit import NANO, Adaptive, AdaptiveViT, Block, StageOutput, build
+from models.registry import build, register
+from models.t2t import RECIPE, RECIPE_12, T2T_12, T2T_14, T2TViT, grid_sides
+from models.vit import NANO, Adaptive, AdaptiveViT, Block, StageOutput
 
 REUSED = 48  # channels of the reused features
 ROWS = 4096  # of all maps that are mixed at once on a CPU
@@ -151,10 +151,8 @@ class Exit(AdaptiveViT):
             self.relation_reuse_conv = nn.Sequential(*layers)
 
     def embed(self, images: Tensor) -> Tensor:
-        """All tokens with their positions, [B,N,C]."""
         self.check_images(images)
-        x = self.patch_embed(F.pad(images, [self.padding] * 4))
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        return super().embed(F.pad(images, [self.padding] * 4))
 
     def mix(self, relation: Tensor) -> Tensor:
         """`relation_reuse_conv` on logits [B,L*H,N',N'], the shape of the result."""
@@ -233,12 +231,12 @@ class DVT(Adaptive):
 
     num_exits = 3
 
-    def __init__(self, exits: list[Exit], recipe: dict[str, object]):
+    def __init__(self, exits: list[Exit]):
         super().__init__()
         for prefix, part in zip(PREFIXES, exits, strict=True):
             self.add_module(prefix, part)
         self.img_size, self.patch_size, self.num_classes = part.img_size, part.patch_size, part.num_classes
-        self.stage_names, self.recipe = tuple(f"{part.side}x{part.side}" for part in exits), recipe
+        self.stage_names = tuple(f"{part.side}x{part.side}" for part in exits)
 
     def stage(self, k: int, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:
         return self.get_submodule(PREFIXES[k]).stage(0, images, prev)
@@ -254,20 +252,17 @@ class DVT(Adaptive):
         return {f"{prefix}.{name}": value for prefix, part in parts.items() for name, value in part.items()}
 
 
-def register(names: str, make: Callable[[dict, dict], Exit], defaults: dict, recipe: dict) -> None:
-    """Registers a cascade of exits by `make`(defaults, the caller's arguments), also by a published name."""
+def register_cascade(names: str, cls: type[Exit], text: str, recipe: dict[str, Any], **defaults: Any) -> None:
+    """Register a cascade of exits of one class."""
 
-    def dvt(pretrained: bool = False, **kwargs) -> DVT:
-        kwargs["pretrained"] = pretrained
-        return DVT([make(defaults | {"exit": k}, kwargs) for k in range(DVT.num_exits)], recipe)
+    def make(defaults: dict[str, Any], kwargs: dict[str, Any]) -> DVT:
+        return DVT([build(cls, defaults | {"exit": k}, kwargs) for k in range(DVT.num_exits)])
 
-    for name in names.split():
-        dvt.__name__ = name
-        register_model(dvt)
+    register(names, DVT, text, make, recipe, **defaults)
 
 
-register("dvt_t2t_vit_12 DVT_T2t_vit_12", partial(build_t2t, T2TExit), T2T_12, RECIPE_12)
-register("dvt_t2t_vit_14 DVT_T2t_vit_14", partial(build_t2t, T2TExit), T2T_14, RECIPE)
+register_cascade("dvt_t2t_vit_12 DVT_T2t_vit_12", T2TExit, "DVT on T2T-ViT-12.", RECIPE_12, **T2T_12)
+register_cascade("dvt_t2t_vit_14 DVT_T2t_vit_14", T2TExit, "DVT on T2T-ViT-14.", RECIPE, **T2T_14)
 # No recipe was published for DVT on DeiT: ours is DeiT's, the defaults of main_deit.py.
-register("dvt_deit_small DVT_Deit_small", partial(build, DeiTExit), {}, {})
-register("dvt_deit_nano", partial(build, DeiTExit), NANO, {})
+register_cascade("dvt_deit_small DVT_Deit_small", DeiTExit, "DVT on DeiT-S.", {})
+register_cascade("dvt_deit_nano", DeiTExit, "DVT at the size of the embedded data set.", {}, **NANO)

@@ -5,16 +5,27 @@ Liang, Ge, Tong, Song, Wang, Xie, "Not All Patches are What You Need: Expediting
 Reorganizations", ICLR 2022, arXiv 2202.07800.
 """
 
+import argparse
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
-from timm.models import register_model
 from torch import Tensor, nn
 
+from models.flags import Flag
+from models.registry import build, register
 from models.selection import original_patches, take, top_patches
-from models.vit import NANO, AdaptiveViT, StageOutput, build
+from models.vit import NANO, AdaptiveViT, Knob, Picture, StageOutput
+
+
+def block_numbers(text: str) -> list[int]:
+    """Read "3,6,9", "(3, 6, 9)" or "3"; nothing is evaluated."""
+    try:
+        return [int(number) for number in text.strip(" ()[]").rstrip(",").split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of block numbers such as 3,6,9") from error
 
 
 class EViT(AdaptiveViT):
@@ -45,7 +56,16 @@ class EViT(AdaptiveViT):
         ValueError: the rate, a block number or an epoch is out of range.
     """
 
-    knobs = ("keep_rate",)
+    knobs = {"keep_rate": Knob(float, 0.05, 1.0)}
+    flags = (
+        Flag("--keep_rate --base_keep_rate", "EViT: share of the patches that each dropping block keeps"),
+        Flag("--drop_loc", "EViT: numbers of the dropping blocks, from 0, as 3,6,9", block_numbers),
+        Flag("--fuse_token", "EViT: fuse dropped patches into one token", bool),
+        Flag(
+            "--shrink_start_epoch", "EViT: epoch from which training drops patches; default: from the first"
+        ),
+        Flag("--shrink_epochs", "EViT: epochs in which the keep rate then falls; default: at once"),
+    )
 
     def __init__(
         self,
@@ -89,8 +109,7 @@ class EViT(AdaptiveViT):
         self.kept_per_block = self.count_kept((self.img_size // self.patch_size) ** 2)
 
     def count_kept(self, n: int) -> list[int]:
-        """How many slots each block keeps of what enters it when `n` patches enter the first; 0 for no
-        drop."""
+        """Count the slots that each block keeps when `n` patches enter the first one; 0 for no drop."""
         kept = []
         for i in range(len(self.blocks)):
             k = math.ceil(self.rate * n) if i in self.drop_loc and self.base_keep_rate < 1 else n
@@ -106,6 +125,7 @@ class EViT(AdaptiveViT):
             )
 
     def set_epoch(self, epoch: float) -> None:
+        super().set_epoch(epoch)
         start, base = self.shrink_start_epoch, self.base_keep_rate
         if epoch < start:
             self.keep_rate = 1.0
@@ -116,17 +136,25 @@ class EViT(AdaptiveViT):
                 base + (1 - base) * (1 + math.cos(math.pi * (epoch - start) / self.shrink_epochs)) / 2
             )
 
-    def schedules(self) -> dict[str, float]:
-        return {"keep_rate": self.keep_rate}
+    def prefix_tokens(self) -> list[Tensor]:
+        return [self.cls_token] if self.num_prefix_tokens == 1 else [self.cls_token, self.dist_token]
 
-    def stage(self, k: int, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:
-        """The only stage. Its info: `kept_<i>` [B,n] for every block i that dropped, the kept slots of those
-        that entered it, best first; an earlier fused token is the last slot. Distilled training:
-        `dist_logits` [B,K]."""
-        self.check_images(images)
-        x, prefix, info = self.embed(images), self.num_prefix_tokens, {}
-        usual = images.shape[-1] == self.img_size
-        counts = self.kept_per_block if usual else self.count_kept(x.shape[1] - prefix)
+    def positions(self, patches: int) -> Tensor:
+        prefix, side = self.num_prefix_tokens, math.isqrt(patches)
+        if patches + prefix == self.pos_embed.shape[1]:
+            return self.pos_embed
+        return resample_abs_pos_embed(self.pos_embed, [side, side], num_prefix_tokens=prefix, antialias=False)
+
+    def run(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run the blocks on tokens [B,N,C].
+
+        Info: `kept_<i>` [B,n] for every block i that dropped, the kept slots of those that entered it, best
+        first; an earlier fused token is the last slot.
+        """
+        prefix, info = self.num_prefix_tokens, {}
+        patches = x.shape[1] - prefix
+        usual = patches == (self.img_size // self.patch_size) ** 2
+        counts = self.kept_per_block if usual else self.count_kept(patches)
         for i, (block, kept) in enumerate(zip(self.blocks, counts, strict=True)):
             if kept == 0:
                 x = block(x)
@@ -134,50 +162,40 @@ class EViT(AdaptiveViT):
             x, scores = block.attend(x, need="cls")
             x, info[f"kept_{i}"] = self.reorganise(x, scores[:, prefix - 1 :], kept)
             x = block.feed(x)
-        x = self.norm(x[:, :prefix])
-        logits = self.head(x[:, 0])
-        if prefix == 2:
-            distilled = self.head_dist(x[:, 1])
-            if self.training:
-                info["dist_logits"] = distilled
-            else:
-                logits = (logits + distilled) / 2
-        return StageOutput(logits, info)
+        return x, info
 
-    def embed(self, images: Tensor) -> Tensor:
-        """All tokens with their positions, [B,N,C]."""
-        x, prefix = self.patch_embed(images), [self.cls_token]
-        if self.num_prefix_tokens == 2:
-            prefix.append(self.dist_token)
-        x = torch.cat([*(token.expand(len(x), -1, -1) for token in prefix), x], dim=1)
-        if x.shape[1] == self.pos_embed.shape[1]:
-            return x + self.pos_embed
-        side = images.shape[-1] // self.patch_size
-        return x + resample_abs_pos_embed(
-            self.pos_embed, [side, side], num_prefix_tokens=self.num_prefix_tokens, antialias=False
-        )
+    def read_out(self, x: Tensor, info: dict[str, Tensor]) -> StageOutput:
+        """Return the logits; distilled training adds `dist_logits` [B,K] to the info."""
+        if self.num_prefix_tokens == 1:
+            return super().read_out(x, info)
+        x = self.norm(x[:, :2])
+        logits, distilled = self.head(x[:, 0]), self.head_dist(x[:, 1])
+        if self.training:
+            return StageOutput(logits, info | {"dist_logits": distilled})
+        return StageOutput((logits + distilled) / 2, info)
 
     def reorganise(self, x: Tensor, scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-        """Prefix tokens, the `kept` patches of x [B,N,C] with the highest scores [B,n], the fused token if
-        any."""
+        """Keep the prefix tokens of x [B,N,C] and the `kept` patches with the highest scores [B,n].
+
+        With `fuse_token` one token follows them. The kept slots [B,kept] are returned as well.
+        """
         prefix, patches = x.tensor_split([self.num_prefix_tokens], dim=1)
         order = top_patches(scores, scores.shape[1])
         best, rest = order.tensor_split([kept], dim=1)
         parts = [prefix, take(patches, best)]
         if self.fuse_token:
-            # [B,1,n-kept]; not normalised, in the original
-            weights = scores.gather(1, rest)[:, None].to(x.dtype)
+            weights = scores.gather(1, rest)[:, None].to(x.dtype)  # [B,1,n-kept], not normalised
             parts.append(weights @ take(patches, rest))
         return torch.cat(parts, dim=1), best
 
-    def kept_patches(self, info: dict[str, Tensor]) -> list[Tensor]:
+    def picture(self, info: dict[str, Tensor]) -> Picture:
         kept = [info[f"kept_{i}"] for i in sorted(self.drop_loc) if f"kept_{i}" in info]
-        return original_patches(kept, self.fuse_token)
+        return super().picture(info)._replace(kept=tuple(original_patches(kept, self.fuse_token)))
 
     def loss(
         self, outputs: list[StageOutput], target: Tensor, criterion: Callable[[Tensor, Tensor], Tensor]
     ) -> dict[str, Tensor]:
-        """Distilled without a teacher: both heads learn the target, with equal weight."""
+        """Return the loss; the distilled model has no teacher, and both heads learn the target alike."""
         logits, info = outputs[0]
         if "dist_logits" not in info:
             return {"ce": criterion(logits, target)}
@@ -190,60 +208,27 @@ BASE = dict(embed_dim=768, num_heads=12)
 NANO_EVIT = NANO | dict(img_size=56, drop_loc=(1, 2, 3))
 
 
-def make(defaults: dict, kwargs: dict) -> EViT:
-    """Builds with the published spelling of the rate, `base_keep_rate`, allowed."""
+def make(defaults: dict[str, Any], kwargs: dict[str, Any]) -> EViT:
+    """Build with the published spelling of the rate, `base_keep_rate`, allowed."""
     if "base_keep_rate" in kwargs:
         kwargs["keep_rate"] = kwargs.pop("base_keep_rate")
     return build(EViT, defaults, kwargs)
 
 
-@register_model
-def evit_deit_small(pretrained: bool = False, **kwargs) -> EViT:
-    """EViT on DeiT-S."""
-    return make(SMALL, {"pretrained": pretrained, **kwargs})
+def register_evit(names: str, text: str, **defaults: Any) -> None:
+    """Register a size of the model under its names."""
+    register(names, EViT, text, make, **defaults)
 
 
-@register_model
-def evit_deit_base(pretrained: bool = False, **kwargs) -> EViT:
-    """EViT on DeiT-B."""
-    return make(BASE, {"pretrained": pretrained, **kwargs})
-
-
-@register_model
-def evit_deit_small_distilled(pretrained: bool = False, **kwargs) -> EViT:
-    """EViT on DeiT-S with a distillation token."""
-    return make(SMALL | {"distilled": True}, {"pretrained": pretrained, **kwargs})
-
-
-@register_model
-def evit_deit_base_distilled(pretrained: bool = False, **kwargs) -> EViT:
-    """EViT on DeiT-B with a distillation token."""
-    return make(BASE | {"distilled": True}, {"pretrained": pretrained, **kwargs})
-
-
-@register_model
-def evit_deit_nano(pretrained: bool = False, **kwargs) -> EViT:
-    """EViT at the size of the embedded data set."""
-    return make(NANO_EVIT, {"pretrained": pretrained, **kwargs})
-
-
-def register_published(name: str, **defaults) -> None:
-    """Registers one of the published names, which differ in their defaults only."""
-
-    def published(pretrained: bool = False, **kwargs) -> EViT:
-        return make(defaults, {"pretrained": pretrained, **kwargs})
-
-    published.__name__ = name
-    published.__doc__ = f"EViT under its published name {name}."
-    published.__module__ = __name__
-    register_model(published)
-
-
-register_published("deit_small_patch16_shrink_base", **SMALL)
-register_published("deit_base_patch16_shrink_base", **BASE)
-register_published("deit_small_patch16_224_shrink_base", **SMALL)
-register_published("deit_small_patch16_224_shrink", **SMALL)
-register_published("deit_small_patch16_224_shrink05", **SMALL, keep_rate=0.5)
-register_published("deit_small_patch16_272_shrink", **SMALL, img_size=272)
-register_published("deit_small_patch16_288_shrink06", **SMALL, img_size=288, keep_rate=0.6)
-register_published("deit_small_patch16_304_shrink05", **SMALL, img_size=304, keep_rate=0.5)
+aliases = "deit_small_patch16_shrink_base deit_small_patch16_224_shrink_base deit_small_patch16_224_shrink"
+register_evit(f"evit_deit_small {aliases}", "EViT on DeiT-S.", **SMALL)
+register_evit("evit_deit_base deit_base_patch16_shrink_base", "EViT on DeiT-B.", **BASE)
+register_evit("evit_deit_small_distilled", "EViT on DeiT-S, distillation token.", **SMALL, distilled=True)
+register_evit("evit_deit_base_distilled", "EViT on DeiT-B, distillation token.", **BASE, distilled=True)
+register_evit("evit_deit_nano", "EViT at the size of the embedded data set.", **NANO_EVIT)
+# Published names that differ in their defaults.
+register_evit("deit_small_patch16_224_shrink05", "EViT on DeiT-S, half kept.", **SMALL, keep_rate=0.5)
+register_evit("deit_small_patch16_272_shrink", "EViT on DeiT-S, 272 pixels.", **SMALL, img_size=272)
+text = "EViT on DeiT-S, larger images."
+register_evit("deit_small_patch16_288_shrink06", text, **SMALL, img_size=288, keep_rate=0.6)
+register_evit("deit_small_patch16_304_shrink05", text, **SMALL, img_size=304, keep_rate=0.5)

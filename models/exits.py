@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def confidence(logits: Tensor) -> Tensor:
-    """Maximum softmax probability [B], in float32."""
+    """Return the maximum softmax probability [B], in float32."""
     return logits.float().softmax(dim=-1).amax(dim=-1)
 
 
@@ -36,17 +36,22 @@ class Predictions(NamedTuple):
     gflops: Tensor | None = None
 
     def summary(self) -> dict[str, float]:
-        """Percentages and mean loss of each exit: exit0_acc1, exit0_acc5, exit0_loss, exit1_acc1, ..."""
-        found = {}
+        """Return percentages and mean loss of each exit: exit0_acc1, exit0_acc5, exit0_loss, exit1_acc1..."""
+        summary = {}
         for k in range(self.confidence.shape[1]):
-            found[f"exit{k}_acc1"] = 100 * self.correct[:, k].double().mean().item()
-            found[f"exit{k}_acc5"] = 100 * self.correct5[:, k].double().mean().item()
-            found[f"exit{k}_loss"] = self.loss[:, k].double().mean().item()
-        return found
+            summary[f"exit{k}_acc1"] = 100 * self.correct[:, k].double().mean().item()
+            summary[f"exit{k}_acc5"] = 100 * self.correct5[:, k].double().mean().item()
+            summary[f"exit{k}_loss"] = self.loss[:, k].double().mean().item()
+        return summary
+
+
+def leaves(confidence: Tensor, threshold: float | Tensor) -> Tensor:
+    """Return whether an image leaves at an exit, bool: where its confidence reaches the exit's threshold."""
+    return confidence >= threshold
 
 
 def choose_exits(confidence: Tensor, thresholds: Tensor) -> Tensor:
-    """First exit whose confidence reaches its threshold.
+    """Return the first exit at which each image leaves.
 
     Args:
         confidence: [n,E].
@@ -55,8 +60,8 @@ def choose_exits(confidence: Tensor, thresholds: Tensor) -> Tensor:
     Returns:
         [T,n] int64.
     """
-    leaves = confidence[None, :, :-1] >= thresholds[:, None]  # [T,n,E-1]
-    return F.pad(leaves.byte(), (0, 1), value=1).argmax(dim=-1)  # the first of equal values
+    early = leaves(confidence[None, :, :-1], thresholds[:, None])  # [T,n,E-1]
+    return F.pad(early.byte(), (0, 1), value=1).argmax(dim=-1)  # the first of equal values
 
 
 class Curve(NamedTuple):
@@ -68,7 +73,7 @@ class Curve(NamedTuple):
 
 
 def operating_points(predictions: Predictions, thresholds: Tensor, gflops: list[float]) -> Curve:
-    """What early exit gives at each row of thresholds [T,E-1]; `gflops` are cumulative, one per exit.
+    """Return what early exit gives at each row of thresholds [T,E-1]; `gflops` are cumulative, one per exit.
 
     The predictions' own costs, if there are any, take the place of `gflops`.
     """
@@ -82,7 +87,7 @@ def operating_points(predictions: Predictions, thresholds: Tensor, gflops: list[
 
 
 def uniform_thresholds(count: int, exits: int) -> Tensor:
-    """`count` operating points from 0 to 1, the same threshold at every exit, [count, exits - 1]."""
+    """Return `count` operating points from 0 to 1, one threshold for all exits, [count, exits - 1]."""
     return (
         torch.linspace(0, 1, count, dtype=torch.float64)
         .round(decimals=6)[:, None]
@@ -92,7 +97,7 @@ def uniform_thresholds(count: int, exits: int) -> Tensor:
 
 
 def budget_threshold(predictions: Predictions, gflops: list[float], budget: float) -> float:
-    """Highest common threshold whose mean cost stays within a budget.
+    """Return the highest common threshold whose mean cost stays within a budget.
 
     Args:
         predictions: on a calibration split.

@@ -1,107 +1,115 @@
-"""Command-line flags of the models: those of constructor arguments, and KEY=VALUE for the rest."""
+"""Command-line flags of the models: those that methods declare, and KEY=VALUE for every other argument."""
 
 import argparse
+import ast
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 
-def block_numbers(text: str) -> list[int]:
-    """Numbers from "3,6,9", "(3, 6, 9)" or "3"; nothing is evaluated."""
-    try:
-        return [int(number) for number in text.strip(" ()[]").rstrip(",").split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of block numbers such as 3,6,9") from error
+class Flag(NamedTuple):
+    """A command-line flag of a constructor argument, which a method declares on its class.
+
+    Attributes:
+        names: as they are typed, separated by spaces; - and _ mean the same in them.
+        help: one line.
+        type: from text to value; bool makes a --flag with its --no-flag.
+        argument: of the constructor; default: the first name.
+        epochs: the value is a share of the run's epochs and the argument a number of epochs.
+        training: for the training command alone.
+    """
+
+    names: str
+    help: str
+    type: Callable[[str], Any] = float
+    argument: str = ""
+    epochs: bool = False
+    training: bool = False
+
+    @property
+    def words(self) -> list[str]:
+        """The names as identifiers; the parsed value has the first."""
+        return [name.lstrip("-").replace("-", "_") for name in self.names.split()]
+
+    @property
+    def target(self) -> str:
+        """The constructor's argument."""
+        return self.argument or self.words[0]
+
+    @property
+    def spellings(self) -> list[str]:
+        """What may be typed."""
+        return list(dict.fromkeys(f"--{word.replace('_', by)}" for word in self.words for by in "_-"))
+
+    def add_to(self, parser: argparse._ActionsContainer) -> None:
+        """Add the flag to a parser or a group of one."""
+        form = {"action": argparse.BooleanOptionalAction} if self.type is bool else {"type": self.type}
+        parser.add_argument(*self.spellings, dest=self.words[0], help=self.help, **form)
 
 
-# Constructor arguments that have flags of their own.
-MODEL_FLAGS: dict[str, tuple[list[str], dict[str, Any]]] = {
-    "img_size": (
-        ["--input-size", "--img-size"],
-        dict(type=int, help="side of the images in pixels, for models that do not derive it"),
-    ),
-    "location_stage_size": (
-        ["--location-stage-size"],
-        dict(type=int, help="LF-ViT: side of the location grid in patches (7 or 9)"),
-    ),
-    "coarse_stage_size": (
-        ["--coarse-stage-size"],
-        dict(type=int, help="CF-ViT: side of the coarse grid in patches (7 or 9)"),
-    ),
-    "region_size": (["--region-size"], dict(type=int, help="LF-ViT: side of the region in location patches")),
-    "alpha": (
-        ["--alpha"],
-        dict(type=float, help="share of the patches (LF-ViT: of the region's patches) that are refined"),
-    ),
-    "keep_rate": (
-        ["--base_keep_rate", "--keep-rate"],
-        dict(type=float, help="EViT: share of the patches that each dropping block keeps"),
-    ),
-    "drop_loc": (
-        ["--drop_loc", "--drop-loc"],
-        dict(type=block_numbers, help="EViT: numbers of the dropping blocks, from 0, as 3,6,9"),
-    ),
-    "fuse_token": (
-        ["--fuse_token", "--fuse-token"],
-        dict(action=argparse.BooleanOptionalAction, help="EViT: fuse dropped patches into one token"),
-    ),
-    "shrink_start_epoch": (
-        ["--shrink_start_epoch", "--shrink-start-epoch"],
-        dict(type=float, help="EViT: epoch from which training drops patches; default: from the first"),
-    ),
-    "shrink_epochs": (
-        ["--shrink_epochs", "--shrink-epochs"],
-        dict(type=float, help="EViT: epochs in which the keep rate then falls; default: at once"),
-    ),
-    "gate_scale": (
-        ["--gate_scale", "--gate-scale"],
-        dict(type=float, help="A-ViT: slope of the halting gate"),
-    ),
-    "gate_center": (
-        ["--gate_center", "--gate-center"],
-        dict(type=float, help="A-ViT: offset of the halting gate; less halts earlier"),
-    ),
-    "ponder_token_scale": (
-        ["--ponder_token_scale", "--ponder-token-scale"],
-        dict(type=float, help="A-ViT: weight of the mean depth of tokens in the loss"),
-    ),
-    "distr_prior_alpha": (
-        ["--distr_prior_alpha", "--distr-prior-alpha"],
-        dict(type=float, help="A-ViT: weight of the halting prior in the loss; 0 for none"),
-    ),
-}
+def declared_flags() -> list[Flag]:
+    """Return the flags of all registered methods, each once.
+
+    Raises:
+        RuntimeError: two methods mean different things by one name.
+    """
+    from models.registry import classes  # methods import this module for `Flag`
+
+    flags = list(dict.fromkeys(flag for cls in classes() for flag in cls.flags))
+    names = [name for flag in flags for name in flag.spellings]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise RuntimeError(f"several methods declare {', '.join(sorted(twice))}, and not alike")
+    return flags
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --model and everything that changes how a model is built."""
-    parser.add_argument(
-        "--model", metavar="NAME", help="registered model; default: the one the checkpoint names"
-    )
-    for name, (flags, options) in MODEL_FLAGS.items():
-        parser.add_argument(*flags, dest=name, **options)
-    parser.add_argument(
-        "--model-kwargs",
-        nargs="*",
-        default=[],
-        metavar="KEY=VALUE",
-        help="further constructor arguments of the model",
-    )
+def add_model_flags(parser: argparse._ActionsContainer, training: bool = False) -> None:
+    """Add --model and everything that changes how a model is built.
+
+    Args:
+        parser: or a group of one.
+        training: also those flags that training alone reads.
+    """
+    add = parser.add_argument
+    add("--model", metavar="NAME", help="registered model; default: the one the checkpoint names")
+    side = "side of the images in pixels, for models that do not derive it"
+    add("--input-size", "--img-size", dest="img_size", type=int, help=side)
+    for flag in declared_flags():
+        if training or not flag.training:
+            flag.add_to(parser)
+    further = "further constructor arguments of the model"
+    add("--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help=further)
 
 
-def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Constructor arguments that were given on the command line."""
-    kwargs = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name) is not None}
-    return kwargs | key_values("--model-kwargs", args.model_kwargs)
+def constructor_kwargs(values: dict[str, Any], epochs: float | None = None) -> dict[str, Any]:
+    """Return the constructor arguments that were given on a command line.
+
+    Args:
+        values: what a parser with `add_model_flags` made of it.
+        epochs: of the training run, where it is one.
+    """
+    kwargs = {} if values["img_size"] is None else {"img_size": values["img_size"]}
+    for flag in declared_flags():
+        if (value := values.get(flag.words[0])) is not None:
+            kwargs[flag.target] = value * epochs if flag.epochs else value
+    return kwargs | key_values("--model-kwargs", values["model_kwargs"])
 
 
 def key_values(flag: str, pairs: list[str]) -> dict[str, Any]:
-    """Reads KEY=VALUE arguments; a value is JSON, or else a string."""
-    found = {}
+    """Read KEY=VALUE arguments; a value is spelt as in JSON or Python, or else is a string.
+
+    Raises:
+        ValueError: an argument is of another form.
+    """
+    arguments = {}
     for pair in pairs:
-        key, equals, value = pair.partition("=")
+        key, equals, text = pair.partition("=")
         if not equals:
             raise ValueError(f"{flag} takes KEY=VALUE, not {pair!r}")
-        try:
-            found[key] = json.loads(value)
-        except json.JSONDecodeError:
-            found[key] = value
-    return found
+        arguments[key] = text
+        for read in (json.loads, ast.literal_eval):
+            try:
+                arguments[key] = read(text)
+                break
+            except (ValueError, SyntaxError):
+                continue
+    return arguments

@@ -8,12 +8,13 @@ Recognition", AAAI 2024, arXiv 2402.00033.
 import math
 
 import torch
-from timm.models import register_model
 from torch import Tensor
 
+from models.flags import Flag
+from models.registry import register
 from models.selection import best_region, region_table, top_patches
 from models.two_stage import TwoStageViT
-from models.vit import NANO, build
+from models.vit import NANO, Picture
 
 
 class LFViT(TwoStageViT):
@@ -33,6 +34,11 @@ class LFViT(TwoStageViT):
 
     stage_names = ("location", "focus")
     recipe = {"select_from": 231 / 300}
+    flags = (
+        Flag("--location-stage-size", "LF-ViT: side of the location grid in patches (7 or 9)", int),
+        Flag("--region-size", "LF-ViT: side of the region in location patches", int),
+        *TwoStageViT.flags,
+    )
 
     def __init__(
         self, location_stage_size: int = 7, region_size: int | None = None, alpha: float = 0.88, **two_stage
@@ -45,7 +51,7 @@ class LFViT(TwoStageViT):
         self.register_buffer("regions", region_table(location_stage_size, region_size), persistent=False)
 
     def select(self, cls_attn: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Adds `region` [B,4]: left, top, right, bottom on the 2g x 2g grid, right and bottom exclusive."""
+        """Add `region` [B,4]: left, top, right, bottom on the 2g x 2g grid, right and bottom exclusive."""
         winner = best_region(cls_attn, self.stage_size, self.region_size)  # [B]
         inside, outside = self.regions[winner].tensor_split([self.region_size**2], dim=-1)
         order = top_patches(cls_attn.gather(1, inside), self.region_size**2)
@@ -55,14 +61,11 @@ class LFViT(TwoStageViT):
         box = 2 * torch.cat([corner, corner + self.region_size], dim=-1)
         return refined, torch.cat([outside, rejected], dim=-1), {"region": box}
 
-
-@register_model
-def lf_deit_small(pretrained: bool = False, **kwargs) -> LFViT:
-    """LF-ViT on DeiT-S: 7x7 or 9x9 location grid, 224 or 288 pixels."""
-    return build(LFViT, {"select_from_epoch": 231}, {"pretrained": pretrained, **kwargs})
+    def picture(self, info: dict[str, Tensor]) -> Picture:
+        region = self.patch_size * info["region"] if "region" in info else None
+        return super().picture(info)._replace(region=region)
 
 
-@register_model
-def lf_deit_nano(pretrained: bool = False, **kwargs) -> LFViT:
-    """LF-ViT at the size of the embedded data set: 7x7 location grid, 56 pixels."""
-    return build(LFViT, NANO, {"pretrained": pretrained, **kwargs})
+text = "LF-ViT on DeiT-S: 7x7 or 9x9 location grid, 224 or 288 pixels."
+register("lf_deit_small", LFViT, text, select_from_epoch=231)
+register("lf_deit_nano", LFViT, "LF-ViT at the size of the embedded data set: 7x7 grid, 56 pixels.", **NANO)

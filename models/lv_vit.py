@@ -7,12 +7,13 @@ arXiv 2104.10858 (LV-ViT); Chen et al. 2023, arXiv 2203.03821 (CF-ViT).
 from collections.abc import Callable
 
 import torch
-from timm.models import register_model
 from torch import Tensor, nn
 
 from models.cf_vit import CFViT
+from models.flags import Flag
+from models.registry import register
 from models.selection import refine, take
-from models.vit import NANO, StageOutput, build
+from models.vit import NANO, StageOutput
 
 
 class Stem(nn.Module):
@@ -39,7 +40,7 @@ class Stem(nn.Module):
 
 
 def draw_box(side: int, device: torch.device) -> Tensor:
-    """A random box on a grid, [4] int64: first row, first column, last row + 1, last column + 1.
+    """Draw a random box on a grid, [4] int64: first row, first column, last row + 1, last column + 1.
 
     Its area is about 1 - lambda of the grid's with lambda uniform in (0, 1), as in CutMix with alpha 1.
     """
@@ -49,7 +50,7 @@ def draw_box(side: int, device: torch.device) -> Tensor:
 
 
 def mix(x: Tensor, box: Tensor, side: int) -> Tensor:
-    """Replaces the patches inside the box by those of the reversed batch; doing it twice changes nothing.
+    """Replace the patches inside the box by those of the reversed batch; doing it twice changes nothing.
 
     Args:
         x: [B,side*side,C].
@@ -80,6 +81,10 @@ class CFLVViT(CFViT):
 
     read = slice(None)
     token_labels = True
+    flags = (
+        *CFViT.flags,
+        Flag("--dense-weight", "weight of the patch tokens' loss (LV-ViT: 1)", training=True),
+    )
     recipe = {
         "select_from": 201 / 300,
         "lr": 1.6e-3,
@@ -110,14 +115,14 @@ class CFLVViT(CFViT):
             return {}
         return {"mix_box": draw_box(self.stage_size, images.device).expand(len(images), -1)}
 
-    def embed(self, images: Tensor, info: dict[str, Tensor], index: Tensor | None = None) -> Tensor:
+    def embed_patches(self, images: Tensor, info: dict[str, Tensor], index: Tensor | None = None) -> Tensor:
         patches = self.patch_embed(images)
         if "mix_box" in info:
             scale = images.shape[-1] // (self.stage_size * self.patch_size)  # the box is on the coarse grid
             patches = mix(patches, scale * info["mix_box"][0], scale * self.stage_size)
         return patches if index is None else take(patches, index)
 
-    def read_out(
+    def classify(
         self, k: int, x: Tensor, info: dict[str, Tensor], prev: dict[str, Tensor] | None = None
     ) -> StageOutput:
         logits, aux = self.head(x[:, 0]), self.aux_head(x[:, 1:])
@@ -139,7 +144,7 @@ class CFLVViT(CFViT):
     def loss(
         self, outputs: list[StageOutput], target: Tensor, criterion: Callable[[Tensor, Tensor], Tensor]
     ) -> dict[str, Tensor]:
-        """CF-ViT's loss with token labels on stage 1 (LV-ViT, section 3.2).
+        """Return CF-ViT's loss with token labels on stage 1 (LV-ViT, section 3.2).
 
         Args:
             outputs: of both stages in training mode.
@@ -170,13 +175,7 @@ class CFLVViT(CFViT):
 LV = dict(mlp_ratio=3.0, qkv_bias=False, norm_eps=1e-5, residual_scale=2.0)
 
 
-@register_model
-def cf_lvvit_small(pretrained: bool = False, **kwargs) -> CFLVViT:
-    """CF-ViT on LV-ViT-S: 7x7 or 9x9 coarse grid, 224 or 288 pixels."""
-    return build(CFLVViT, LV | {"depth": 16, "select_from_epoch": 201}, {"pretrained": pretrained, **kwargs})
-
-
-@register_model
-def cf_lvvit_nano(pretrained: bool = False, **kwargs) -> CFLVViT:
-    """CF-ViT on LV-ViT at the size of the embedded data set: 7x7 coarse grid, 56 pixels."""
-    return build(CFLVViT, NANO | LV | {"stem_width": 16}, {"pretrained": pretrained, **kwargs})
+text = "CF-ViT on LV-ViT-S: 7x7 or 9x9 coarse grid, 224 or 288 pixels."
+register("cf_lvvit_small", CFLVViT, text, **LV, depth=16, select_from_epoch=201)
+text = "CF-ViT on LV-ViT at the size of the embedded data set: 7x7 coarse grid, 56 pixels."
+register("cf_lvvit_nano", CFLVViT, text, **NANO, **LV, stem_width=16)

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
-from timm.models import register_model
 from torch import Tensor, nn
 
-from models.vit import AdaptiveViT, build
+from models.registry import register
+from models.vit import AdaptiveViT
 
 Window = tuple[int, int, int]  # kernel, stride and padding of an unfold
 LATER: Window = (3, 2, 1)  # the second and the third unfold
@@ -146,25 +146,9 @@ class T2TViT(AdaptiveViT):
         return {name: value for name, value in state.items() if name != "pos_embed"}
 
 
-def build_t2t(cls: type[T2TViT], defaults: dict, kwargs: dict, recipe: dict = RECIPE) -> T2TViT:
-    """`models.vit.build`, which draws every position table, with the fixed one put back."""
-    model = build(cls, defaults, kwargs)
-    model.pos_embed.data.copy_(sinusoid(*model.pos_embed.shape[1:]))
-    model.recipe = recipe
-    return model
-
-
 T2T_12 = dict(embed_dim=256, depth=12, num_heads=4, mlp_ratio=2.0, qkv_bias=False, norm_eps=1e-5)
 T2T_14 = dict(embed_dim=384, depth=14, num_heads=6, mlp_ratio=3.0, qkv_bias=False, norm_eps=1e-5)
 
 
-@register_model
-def t2t_vit_12(pretrained: bool = False, **kwargs) -> T2TViT:
-    """Plain T2T-ViT-12, trained as DVT of that size."""
-    return build_t2t(T2TViT, T2T_12, {"pretrained": pretrained, **kwargs}, RECIPE_12)
-
-
-@register_model
-def t2t_vit_14(pretrained: bool = False, **kwargs) -> T2TViT:
-    """Plain T2T-ViT-14, trained as DVT of that size."""
-    return build_t2t(T2TViT, T2T_14, {"pretrained": pretrained, **kwargs})
+register("t2t_vit_12", T2TViT, "Plain T2T-ViT-12, trained as DVT of that size.", recipe=RECIPE_12, **T2T_12)
+register("t2t_vit_14", T2TViT, "Plain T2T-ViT-14, trained as DVT of that size.", recipe=RECIPE, **T2T_14)

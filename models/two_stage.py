@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from models.flags import Flag
 from models.selection import refine, take
-from models.vit import AdaptiveViT, StageOutput
+from models.vit import AdaptiveViT, Picture, StageOutput
 
 
 class TwoStageViT(AdaptiveViT):
@@ -35,6 +36,23 @@ class TwoStageViT(AdaptiveViT):
 
     num_exits = 2
     read = slice(1)  # tokens that the last norm of stage 1 is needed for
+    flags = (
+        Flag("--alpha", "share of the patches (LF-ViT: of the region's patches) that are refined"),
+        Flag(
+            "--select-from",
+            "share of the epochs after which selection starts (LF-ViT: 0.77)",
+            argument="select_from_epoch",
+            epochs=True,
+            training=True,
+        ),
+        Flag(
+            "--coarse-only",
+            "share of the epochs that train the first stage alone",
+            argument="coarse_only_epochs",
+            epochs=True,
+            training=True,
+        ),
+    )
 
     def __init__(
         self,
@@ -67,11 +85,12 @@ class TwoStageViT(AdaptiveViT):
         self.pos_embed_list = nn.ParameterList(torch.zeros(1, n, self.embed_dim) for n in sizes)
 
     def set_epoch(self, epoch: float) -> None:
+        super().set_epoch(epoch)
         self.selecting = epoch >= self.select_from_epoch
         self.coarse_only = epoch < self.coarse_only_epochs
 
     def select(self, cls_attn: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Splits the coarse patches by their class attention [B,g*g].
+        """Split the coarse patches by their class attention [B,g*g].
 
         Returns:
             Patches to refine [B,k], patches that stay coarse [B,g*g-k], and what pictures may want to know.
@@ -88,15 +107,16 @@ class TwoStageViT(AdaptiveViT):
         return self.coarse(images) if k == 0 else self.fine(images, prev)
 
     def begin(self, images: Tensor) -> dict[str, Tensor]:
-        """What both stages' `embed` and `read_out` have to know about this batch; batch-first."""
+        """Return what `embed_patches` and `classify` of both stages read of this batch; batch-first."""
         return {}
 
     def coarse(self, images: Tensor) -> StageOutput:
-        """Stage 0. Its info: `cls_attn` [B,P], `embedded` and `features` [B,P,C], P = g*g."""
+        """Run stage 0. Its info: `cls_attn` [B,P], `embedded` and `features` [B,P,C], P = g*g."""
         info, half = self.begin(images), self.stage_size * self.patch_size
         # align_corners is part of the published weights: they were trained on this very resize.
         small = F.interpolate(images, (half, half), mode="bilinear", align_corners=True)
-        embedded = self.with_class_token(self.embed(small, info) + self.pos_embed_list[0][:, 1:], 0)
+        embedded = self.embed_patches(small, info) + self.pos_embed_list[0][:, 1:]
+        embedded = self.with_class_token(embedded, 0)
         x, cls_attn = embedded, torch.zeros((), device=images.device)
         for i, block in enumerate(self.blocks):
             x, row = block.attend(x, need="cls" if i >= self.first_attention else None)
@@ -105,46 +125,46 @@ class TwoStageViT(AdaptiveViT):
                 cls_attn = self.beta * cls_attn + (1 - self.beta) * row.detach()
         x = self.norm(x)
         info |= {"cls_attn": cls_attn, "embedded": embedded[:, 1:], "features": x[:, 1:]}
-        return self.read_out(0, x, info)
+        return self.classify(0, x, info)
 
     def fine(self, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:
-        """Stage 1. Its info: `kept` [B,4k], refined patches of the 2g x 2g grid, and what `select` adds."""
+        """Run stage 1.
+
+        Its info: `kept` [B,4k], refined patches of the 2g x 2g grid, and what `select` and `run` add.
+        """
         if self.training and not self.selecting:
             every = torch.arange(self.stage_size**2, device=images.device).expand(len(images), -1)
             refined, rest, extra = every, every[:, :0], {}
         else:
             refined, rest, extra = self.select(prev["cls_attn"])
         kept = refine(refined, self.stage_size)
-        reused = self.reuse_block(take(prev["features"], refined)).repeat(
-            1, 4, 1
-        )  # a child inherits its parent's
-        x = self.embed(images, prev, kept) + reused + take(self.pos_embed_list[1][:, 1:], kept)
+        reused = self.reuse_block(take(prev["features"], refined)).repeat(1, 4, 1)  # one for four children
+        x = self.embed_patches(images, prev, kept) + reused + take(self.pos_embed_list[1][:, 1:], kept)
         x = torch.cat([self.with_class_token(x, 1), take(prev["embedded"], rest)], dim=1)  # [B,1+4k+g*g-k,C]
-        for block in self.blocks:
-            x = block(x)
-        return self.read_out(1, self.norm(x[:, self.read]), {"kept": kept, "rest": rest, **extra}, prev)
+        x, info = self.run(x)
+        info |= {"kept": kept, "rest": rest, **extra}
+        return self.classify(1, self.norm(x[:, self.read]), info, prev)
 
-    def kept_patches(self, info: dict[str, Tensor]) -> list[Tensor]:
-        return [info["kept"]] if "kept" in info else []
+    def picture(self, info: dict[str, Tensor]) -> Picture:
+        return super().picture(info)._replace(heat=info.get("cls_attn"), refined=info.get("kept"))
 
-    def read_out(
+    def classify(
         self, k: int, x: Tensor, info: dict[str, Tensor], prev: dict[str, Tensor] | None = None
     ) -> StageOutput:
-        """Logits of stage `k` from its normalised tokens [B,N,C] (stage 1: those that `read` names)."""
+        """Return the logits of stage `k` from its normalised tokens [B,N,C], in stage 1 those of `read`."""
         return StageOutput(self.head(x[:, 0]), info)
 
     def with_class_token(self, patches: Tensor, k: int) -> Tensor:
         token = self.cls_token + self.pos_embed_list[k][:, :1]
         return torch.cat([token.expand(len(patches), -1, -1), patches], dim=1)
 
-    def embed(self, images: Tensor, info: dict[str, Tensor], index: Tensor | None = None) -> Tensor:
-        """Embeds all patches of images as [B,P,C], or patches `index` [B,n] of the full image as [B,n,C]."""
+    def embed_patches(self, images: Tensor, info: dict[str, Tensor], index: Tensor | None = None) -> Tensor:
+        """Embed all patches of images as [B,P,C], or patches `index` [B,n] of the full image as [B,n,C]."""
         if index is None:
             return self.patch_embed(images)
         side, p = 2 * self.stage_size, self.patch_size
-        grid = (
-            images.unflatten(3, (side, p)).unflatten(2, (side, p)).permute(0, 2, 4, 1, 3, 5)
-        )  # [B,2g,2g,3,p,p]
+        grid = images.unflatten(3, (side, p)).unflatten(2, (side, p))
+        grid = grid.permute(0, 2, 4, 1, 3, 5)  # [B,2g,2g,3,p,p]
         rows = torch.arange(len(images), device=images.device)[:, None]
         pixels = grid[rows, index // side, index % side].flatten(2)  # [B,n,3*p*p]
         proj = self.patch_embed.proj

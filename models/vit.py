@@ -7,13 +7,21 @@ Letters: B batch, N tokens (class token first), P = N - 1 patches, C channels, H
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, PatchEmbed, resample_abs_pos_embed, trunc_normal_
-from timm.models import register_model
+from timm.layers import (
+    DropPath,
+    Mlp,
+    PatchEmbed,
+    calculate_drop_path_rates,
+    resample_abs_pos_embed,
+    trunc_normal_,
+)
 from torch import Tensor, nn
+
+from models.flags import Flag
 
 
 class StageOutput(NamedTuple):
@@ -21,17 +29,52 @@ class StageOutput(NamedTuple):
 
     Attributes:
         logits: [B,K].
-        info: batch-first tensors that the next stage, the loss, the cost or a picture reads.
+        info: batch-first tensors that the next stage, the loss or the model's own methods read.
     """
 
     logits: Tensor
     info: dict[str, Tensor]
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention on the fused kernel; the class token's row of the map on request.
+class Picture(NamedTuple):
+    """What a picture may show of a stage; what the stage does not tell is left out.
 
-    The row costs one query, O(N), so the [B,H,N,N] map never exists.
+    Patches are numbered row-major on the grid of the full image.
+
+    Attributes:
+        heat: [B,g*g] attention to the cells of a square grid over the image.
+        region: [B,4] left, top, right, bottom in pixels of the full image; right and bottom exclusive.
+        refined: [B,n] patches that the stage sees at full resolution.
+        kept: [B,n] per drop, patches that stay; -1 for a token that is no patch.
+        depth: [B,P] blocks that each patch went through.
+        blocks: how many there are, the end of the scale of `depth`.
+    """
+
+    heat: Tensor | None = None
+    region: Tensor | None = None
+    refined: Tensor | None = None
+    kept: tuple[Tensor, ...] = ()
+    depth: Tensor | None = None
+    blocks: int = 0
+
+
+class Knob(NamedTuple):
+    """An attribute of a trained model that trades accuracy for cost.
+
+    Attributes:
+        type: of its values, float or int.
+        low, high: the least and the greatest value that make sense.
+    """
+
+    type: Callable[[str], Any]
+    low: float
+    high: float
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention on the fused kernel; on request also what a selection of tokens reads.
+
+    The class token's row of the map costs one query, O(N), so the [B,H,N,N] map never exists.
     """
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True):
@@ -46,26 +89,28 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, bias: Tensor | None = None, need: str | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Attends.
+        """Attend.
 
         Args:
             x: [B,N,C].
             bias: added to the scaled logits before the softmax, broadcastable to [B,H,N,N].
-            need: "cls" for the class token's attention to the patches.
+            need: "cls" for the class token's attention to the patches, "keys" for the keys.
 
         Returns:
-            [B,N,C], and for "cls" [B,P]: softmax weights, mean over heads, float32.
+            [B,N,C], and what was needed: for "cls" [B,P] softmax weights, float32, for "keys" [B,N,C/H]; both
+            are means over the heads.
         """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each [B,H,N,d]
-        row = self.class_row(q, k, bias) if need == "cls" else None
+        extra = None
+        if need is not None:
+            extra = k.mean(dim=1) if need == "keys" else self.class_row(q, k, bias)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.proj(out.transpose(1, 2).flatten(2)), row
+        return self.proj(out.transpose(1, 2).flatten(2)), extra
 
     def class_row(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-        """Attention of the class token to the patches, [B,P], from q and k [B,H,N,d]."""
-        logits = (
-            (self.scale * q[:, :, :1]) @ k.transpose(-2, -1)
-        ).float()  # [B,H,1,N]; scaled first for fp16
+        """Return the attention of the class token to the patches, [B,P], from q and k [B,H,N,d]."""
+        logits = (self.scale * q[:, :, :1]) @ k.transpose(-2, -1)  # [B,H,1,N]; scaled first for fp16
+        logits = logits.float()
         if bias is not None:
             logits = logits + bias[..., :1, :]
         return logits.softmax(dim=-1)[:, :, 0, 1:].mean(dim=1)
@@ -119,33 +164,29 @@ class Adaptive(nn.Module):
     Attributes:
         num_exits: number of stages.
         stage_names: what the paper calls them.
-        recipe: training options of the published recipe, as main_deit.py names them.
+        recipe: training options of the published recipe, by the names of main_deit.py.
+        flags: command-line flags of the constructor's arguments.
+        knobs: attributes that may be set after training to trade accuracy for cost; a log shows their values.
         token_labels: whether `loss` takes targets [B,K,1+P], one per patch of the full image.
-        cost_varies: whether an image's cost depends on it; then `info["tokens"]` [B,L] says how many tokens
-            entered each block.
-        knobs: attributes that may be set after training to trade accuracy for cost.
-        depth_shares: mean depths of tokens worth timing, as shares of the blocks, where tokens halt; such a
-            model has `fit_depth(images, share)`.
-        compiled: methods that are compiled for inference.
+        compiled: methods that are compiled for inference, with further arguments of torch.compile.
         varying_graph: whether some parameters take no part in some steps (DDP has to look for them).
     """
 
     num_exits: int = 1
     stage_names: tuple[str, ...] = ("full",)
-    recipe: dict[str, object] = {}
+    recipe: dict[str, Any] = {}
+    flags: tuple[Flag, ...] = ()
+    knobs: dict[str, Knob] = {}
     token_labels: bool = False
-    cost_varies: bool = False
-    knobs: tuple[str, ...] = ()
-    depth_shares: tuple[float, ...] = ()
-    compiled: tuple[str, ...] = ("stage",)
+    compiled: dict[str, dict[str, Any]] = {"stage": {}}
     varying_graph: bool = False
 
     def stage(self, k: int, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:
-        """Runs stage `k` on full images [B,3,S,S]; `prev` is the info of stage k - 1, {} for the first."""
+        """Run stage `k` on full images [B,3,S,S]; `prev` is the info of stage k - 1, {} for the first."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> list[StageOutput]:
-        """All stages on all images; one output per exit."""
+        """Run all stages on all images; return one output per exit."""
         outputs: list[StageOutput] = []
         for k in range(self.num_exits):
             outputs.append(self.stage(k, images, outputs[-1].info if outputs else {}))
@@ -154,32 +195,26 @@ class Adaptive(nn.Module):
     def loss(
         self, outputs: list[StageOutput], target: Tensor, criterion: Callable[[Tensor, Tensor], Tensor]
     ) -> dict[str, Tensor]:
-        """Named loss terms; the trainer minimises their sum."""
+        """Return named loss terms; the trainer minimises their sum."""
         return {f"exit{k}": criterion(out.logits, target) for k, out in enumerate(outputs)}
 
     def set_epoch(self, epoch: float) -> None:
-        """Moves the model's own schedules to `epoch` (0-based, fractional inside an epoch; infinity is their
-        end)."""
+        """Move the schedules to an epoch, 0-based and fractional inside one; infinity is their end."""
 
-    def schedules(self) -> dict[str, float]:
-        """Values of these schedules that a log should show."""
-        return {}
+    def image_gflops(self, k: int, info: dict[str, Tensor]) -> Tensor | None:
+        """Return what stage `k` cost each image, [B] GFLOPs, where that depends on the image; else None."""
+        return None
+
+    def picture(self, info: dict[str, Tensor]) -> Picture:
+        """Return what a picture may show of a stage, from its info."""
+        return Picture()
 
     def statistics(self, outputs: list[StageOutput]) -> dict[str, Tensor]:
-        """Scalars of a batch that a log should show beside the losses."""
+        """Return scalars of a batch that a log should show beside the losses."""
         return {}
-
-    def foreign_kwargs(self, source: str, args: dict[str, object]) -> dict[str, object]:
-        """Constructor arguments of published weights, from their file's name or its stored command line."""
-        return {}
-
-    def kept_patches(self, info: dict[str, Tensor]) -> list[Tensor]:
-        """What `info` says about dropped patches, for pictures: after each drop the patches of the full image
-        that stay, [B,n], -1 for tokens that are none."""
-        return []
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Renames and reshapes the weights of a timm / DeiT model to this model's, as an initialisation."""
+        """Rename and reshape the weights of a timm or DeiT model to this model's, as an initialisation."""
         return state
 
 
@@ -191,6 +226,8 @@ def check_init(init: str) -> str:
 
 class AdaptiveViT(Adaptive):
     """Plain ViT with one exit, and the base of the other methods.
+
+    `stage` is `embed`, then `run`, then `read_out`: a method overrides the one that it changes.
 
     Args:
         img_size: side of the full image in pixels, a multiple of patch_size.
@@ -236,7 +273,7 @@ class AdaptiveViT(Adaptive):
         self.patch_embed = self.make_patch_embed()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.make_pos_embed()
-        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        rates = calculate_drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate, self.norm_layer, residual_scale)
             for rate in rates
@@ -253,7 +290,7 @@ class AdaptiveViT(Adaptive):
         )
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that timm's optimizer factory leaves undecayed, besides biases and norms."""
+        """Return the parameters that timm's optimizer factory leaves undecayed, besides biases and norms."""
         names = (name for name, _ in self.named_parameters())
         return {name for name in names if name in ("cls_token", "dist_token") or name.startswith("pos_embed")}
 
@@ -265,15 +302,37 @@ class AdaptiveViT(Adaptive):
 
     def stage(self, k: int, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:
         self.check_images(images)
-        x = self.patch_embed(images)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # [B,N,C]
+        return self.read_out(*self.run(self.embed(images)))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return all tokens of images [B,3,S,S] with their positions, [B,N,C]."""
+        patches = self.patch_embed(images)
+        prefix = [token.expand(len(patches), -1, -1) for token in self.prefix_tokens()]
+        return torch.cat([*prefix, patches], dim=1) + self.positions(patches.shape[1])
+
+    def prefix_tokens(self) -> list[Tensor]:
+        """Return the learned tokens before the patches, [1,1,C] each."""
+        return [self.cls_token]
+
+    def positions(self, patches: int) -> Tensor:
+        """Return the positions of all tokens, [1,N,C], for an image of so many patches."""
+        return self.pos_embed
+
+    def run(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run the blocks on tokens [B,N,C]; return what is left of them, and the stage's info."""
         for block in self.blocks:
             x = block(x)
-        return StageOutput(self.head(self.norm(x[:, 0])), {})
+        return x, {}
+
+    def read_out(self, x: Tensor, info: dict[str, Tensor]) -> StageOutput:
+        """Return the logits [B,K] of tokens [B,N,C] that have passed all blocks, with the stage's info."""
+        return StageOutput(self.head(self.norm(x[:, 0])), info)
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Position embeddings are resampled (bicubic) to this model's grids; a distillation token is dropped,
-        or starts as the class token where the model has one and the file has not."""
+        """Resample position embeddings (bicubic) to this model's grids.
+
+        A distillation token is dropped, or starts as the class token where only the model has one.
+        """
         state = dict(state)
         shared, theirs = state.pop("pos_embed", None), 2 if "dist_token" in state else 1
         ours = self.num_prefix_tokens
@@ -290,7 +349,7 @@ class AdaptiveViT(Adaptive):
 
 
 def sincos_table(side: int, frame: int, dim: int) -> Tensor:
-    """2-D sine-cosine position table [side*side, dim] in the coordinates of a grid of side `frame`.
+    """Return a 2-D sine-cosine position table [side*side, dim] in the coordinates of a grid of side `frame`.
 
     Patch centres are used, so the tables of two grids over one picture agree where the patches do.
     """
@@ -303,7 +362,7 @@ def sincos_table(side: int, frame: int, dim: int) -> Tensor:
 
 
 def init_weights(model: AdaptiveViT) -> AdaptiveViT:
-    """Initialises by `model.init`; convolutions keep PyTorch's default, as in DeiT."""
+    """Initialise by `model.init`; convolutions keep PyTorch's default, as in DeiT, and fixed tables stay."""
     fan_in = model.init == "fan_in"
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -318,7 +377,7 @@ def init_weights(model: AdaptiveViT) -> AdaptiveViT:
         if name.endswith("_token"):
             trunc_normal_(parameter, std=0.02)
     for name, parameter in model.named_parameters():
-        if name.startswith("pos_embed"):
+        if name.startswith("pos_embed") and parameter.requires_grad:
             trunc_normal_(parameter, std=0.02)
             if fan_in:
                 side = round((parameter.shape[1] - prefix) ** 0.5)
@@ -326,28 +385,5 @@ def init_weights(model: AdaptiveViT) -> AdaptiveViT:
     return model
 
 
-def build(cls: type[AdaptiveViT], defaults: dict, kwargs: dict) -> AdaptiveViT:
-    """What every registered function does: the name's defaults, overridden by the caller's main_deit.
-
-    Raises:
-        ValueError: pretrained weights are asked for (none are hosted), or an argument is not the model's.
-    """
-    kwargs = {
-        k: v for k, v in kwargs.items() if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-    }
-    if kwargs.pop("pretrained", False):
-        raise ValueError("no weights are hosted for this model: load a file with --finetune or --resume")
-    try:
-        return init_weights(cls(**(defaults | kwargs)))
-    except TypeError as error:
-        raise ValueError(f"{cls.__name__}: {str(error).split('__init__() ')[-1]}") from error
-
-
 # Sizes of the embedded data set: 56x56 pixels, a 14x14 grid, about 0.25 M parameters.
 NANO = dict(patch_size=4, num_classes=10, embed_dim=64, depth=4, num_heads=4, init="fan_in")
-
-
-@register_model
-def deit_nano(pretrained: bool = False, **kwargs) -> AdaptiveViT:
-    """Plain DeiT at the size of the embedded data set: the baseline of the nano models."""
-    return build(AdaptiveViT, NANO | {"img_size": 56}, {"pretrained": pretrained, **kwargs})

@@ -1,19 +1,24 @@
 """Models by name, and the weights of files in them."""
 
 import logging
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 
+from models.registry import registered
 from models.vit import Adaptive, StageOutput
 
 log = logging.getLogger("adaptive-vit")
+# From the path of a published file to `model_name` and `model_kwargs`, as far as its name tells them.
+file_name_readers: list[Callable[[Path], dict[str, Any]]] = []
 
 
 def create_model(name: str | None, kwargs: dict[str, Any]) -> Adaptive:
-    """timm.create_model, with one line of error for what it does not know or does not take."""
+    """Build a model by name, with one line of error for what timm does not know or does not take."""
     if not name:
         raise ValueError("no model given: name one with --model")
     if not timm.is_model(name):
@@ -29,7 +34,7 @@ def create_model(name: str | None, kwargs: dict[str, Any]) -> Adaptive:
 
 
 class OneStage(Adaptive):
-    """Any classifier of timm as a model with one exit."""
+    """Wrap any classifier of timm as a model with one exit."""
 
     def __init__(self, model: nn.Module, img_size: int):
         super().__init__()
@@ -42,16 +47,16 @@ class OneStage(Adaptive):
 def baseline_model(
     name: str, num_classes: int | None = None, img_size: int | None = None, **kwargs: Any
 ) -> Adaptive:
-    """A model to compare speed with, untrained: one of this project, or any of timm, in evaluation mode.
+    """Build an untrained model to compare speed with, of this project or of timm, in evaluation mode.
 
     Args:
         name: registered model.
         num_classes: default: the model's own.
         img_size: side of the images in pixels; default: the model's own.
-        kwargs: further constructor main_deit.
+        kwargs: further constructor arguments.
 
     Raises:
-        ValueError: there is no such model, or it does not take images of this size or the main_deit.
+        ValueError: there is no such model, or it does not take images of this size or the arguments.
     """
     if not timm.is_model(name):
         raise ValueError(f"unknown model {name!r}")
@@ -78,7 +83,7 @@ def baseline_model(
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Loads a state dict strictly.
+    """Load a state dict strictly.
 
     Raises:
         ValueError: names or shapes differ, as for a checkpoint of another model or stage size.
@@ -100,21 +105,37 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> Non
     model.load_state_dict(state)
 
 
-def foreign_kwargs(name: str | None, checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
-    """Constructor arguments that a published file tells by its name or its stored command line."""
-    if not name or not timm.is_model(name):
+def published_name(source: str | Path) -> str | None:
+    """Return the model that the name of a published file tells, if it does."""
+    names = [reader(Path(source)).get("model_name") for reader in file_name_readers]
+    return next(filter(None, names), None)
+
+
+def published_kwargs(name: str | None, checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return the constructor arguments that a published file tells by its command line or by its name.
+
+    The file's name wins: it tells what was trained.
+    """
+    if name not in registered:
         return {}
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    stored = checkpoint.get("args")
-    args = stored if isinstance(stored, dict) else vars(stored) if stored is not None else {}
-    return model.foreign_kwargs(source, args) if isinstance(model, Adaptive) else {}
+    stored, kwargs = checkpoint.get("args") or {}, {}
+    stored = stored if isinstance(stored, dict) else vars(stored)
+    flags = [flag for flag in registered[name][0].flags if not flag.training]
+    for flag in flags:
+        for word in flag.words:
+            if (value := stored.get(word)) is not None:
+                kwargs[flag.target] = flag.type(value) if isinstance(value, str) else value
+    arguments = {flag.target for flag in flags}
+    for reader in file_name_readers:
+        from_name = reader(Path(source)).get("model_kwargs", {})
+        kwargs |= {key: value for key, value in from_name.items() if key in arguments}
+    return kwargs
 
 
 def model_from_checkpoint(
     checkpoint: dict[str, Any], source: str, name: str | None, kwargs: dict[str, Any], use_ema: bool = False
 ) -> tuple[Adaptive, str, dict[str, Any]]:
-    """Builds the model that a checkpoint was made with and loads its weights.
+    """Build the model that a checkpoint was made with and load its weights.
 
     Args:
         checkpoint: from `load_checkpoint`.
@@ -124,7 +145,7 @@ def model_from_checkpoint(
         use_ema: take the averaged weights.
 
     Returns:
-        The model, its name and its constructor main_deit.
+        The model, its name and its constructor arguments.
 
     Raises:
         ValueError: the checkpoint is of another model or lacks what was asked for.
@@ -140,7 +161,7 @@ def model_from_checkpoint(
     if "model_kwargs" in checkpoint:
         kwargs = checkpoint["model_kwargs"] | kwargs
     else:
-        kwargs = foreign_kwargs(name or saved, checkpoint, source) | kwargs
+        kwargs = published_kwargs(name or saved, checkpoint, source) | kwargs
     heads = [value for key, value in weights.items() if key == "head.weight" or key.endswith(".head.weight")]
     if heads:
         kwargs.setdefault("num_classes", len(heads[0]))
@@ -153,7 +174,7 @@ def model_from_checkpoint(
 
 
 def initialise_from(model: Adaptive, state: dict[str, Tensor], source: str) -> None:
-    """Starts a model from the weights of a timm, DeiT or own checkpoint, and names what was not loaded.
+    """Start a model from the weights of a timm, DeiT or own checkpoint, and name what was not loaded.
 
     Raises:
         ValueError: no tensor of the file fits.

@@ -27,7 +27,7 @@ def make_parser() -> utils.Parser:
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="a new file, .pth or .safetensors")
     parser.add_argument("--use-ema", action="store_true", help="take the averaged weights")
     parser.add_argument("--classes", metavar="FILE", help="class names, one a line, in the model's order")
-    flags.add_model_arguments(parser)
+    flags.add_model_flags(parser)
     return parser
 
 
@@ -56,7 +56,7 @@ def main() -> None:
         raise ValueError(f"{args.output} is there already: remove it or name another")
     found = load_checkpoint(args.input)
     model, name, kwargs = model_from_checkpoint(
-        found, args.input, args.model, flags.model_arguments(args), args.use_ema
+        found, args.input, args.model, flags.constructor_kwargs(vars(args)), args.use_ema
     )
     names = class_names(args.classes, model.num_classes) if args.classes else found.get("class_names")
     # What a published file says of itself stays, but its GFLOPs are those that this code runs.

@@ -23,9 +23,9 @@ from models.a_vit import (
     AViT,
     attend_packed,
     attend_padded,
-    gates_from_name,
     halting_prior,
     prior_loss,
+    read_file_name,
     varlen_attn,
 )
 from models.cost import stage_gflops, token_gflops
@@ -393,7 +393,7 @@ def test_compiles_without_a_graph_break(training: bool) -> None:
 )
 def test_gates_come_from_published_names_only(name: str, gates: tuple | None) -> None:
     expected = {} if gates is None else {"gate_scale": gates[0], "gate_center": gates[1]}
-    assert gates_from_name(name) == expected
+    assert read_file_name(Path(name)).get("model_kwargs", {}) == expected
 
 
 def test_wrong_input_says_so() -> None:

@@ -191,7 +191,7 @@ def test_aux_logits_stand_at_their_own_patches() -> None:
     first, second = model(images)
     kept, rest = second.info["kept"], second.info["rest"]
     x = torch.randn(2, 1 + kept.shape[1] + rest.shape[1], 8)
-    aux = model.read_out(1, x, second.info, first.info).info["aux"]
+    aux = model.classify(1, x, second.info, first.info).info["aux"]
     own = model.aux_head(x[:, 1:])
     for b in range(2):
         for at, patch in enumerate(kept[b].tolist()):

@@ -30,7 +30,7 @@ from inference.pictures import (
 )
 from loading import loaders
 from models import Adaptive, StageOutput
-from models.a_vit import model_from_name
+from models.weights import published_name
 
 PLAIN = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
 
@@ -293,7 +293,7 @@ def test_demo_takes_the_model_from_the_name_of_the_file(
     ],
 )
 def test_published_names_tell_the_model(path: str, name: str | None) -> None:
-    assert model_from_name(path) == name
+    assert published_name(path) == name
 
 
 def test_demo_loads_strictly(command: Command, folder: Path, halting: Path, tmp_path: Path) -> None:

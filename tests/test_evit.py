@@ -94,7 +94,7 @@ def test_run_time_rate_loss_and_gradients_equal_the_published_codes() -> None:
 @pytest.mark.parametrize("stem", MASKS)
 def test_kept_patches_are_traced_back_and_a_fused_token_is_no_patch(stem: str) -> None:
     model, meta, image, expected = build_case(stem)
-    found = model.kept_patches(model(image)[0].info)
+    found = model.picture(model(image)[0].info).kept
     for block, patches in zip(meta["drop_layers"], found, strict=True):
         assert torch.equal(patches, expected[f"output.original_idx_{block}"].long())
         for row, visible in zip(patches, expected[f"output.visible_patches_{block}"], strict=True):
@@ -107,7 +107,7 @@ def test_rate_follows_the_published_schedule() -> None:
         model = tiny(**settings)
         for epoch, step, _, rate in case["points_epoch_batch_globalstep_keeprate"]:
             model.set_epoch(epoch + step / case["iters_per_epoch"])
-            assert model.schedules()["keep_rate"] == pytest.approx(rate, abs=1e-9)
+            assert model.keep_rate == pytest.approx(rate, abs=1e-9)
         model.set_epoch(math.inf)
         assert model.keep_rate == case["base_keep_rate"]
 
@@ -344,8 +344,8 @@ def test_training_moves_and_logs_the_rate_and_tests_at_the_last(evit: Path) -> N
 def test_a_checkpoint_brings_its_rate_to_inference(
     evit: Path, folder: Path, tmp_path: Path, command: Command
 ) -> None:
+    from checkpointing.format import load_checkpoint
     from models.weights import model_from_checkpoint
-    from utils import load_checkpoint
 
     checkpoint = load_checkpoint(evit / "checkpoint.pth")
     model, *_ = model_from_checkpoint(checkpoint, "it", None, {})

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from engine import Precision, early_exit
 from inference.streaming import ExitStream, all_stages, compile_models, uncompile
+from models.cost import fit_knob
 from models.exits import confidence
 
 NAMES = ["lf_deit_nano", "cf_deit_nano", "cf_lvvit_nano", "evit_deit_nano", "dvt_deit_nano", "avit_deit_nano"]
@@ -122,8 +123,8 @@ def test_compiled_stages_never_compile_again(name: str, mode: str, monkeypatch: 
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5).eval()
     images = torch.randn(21, 3, model.img_size, model.img_size)
-    if model.depth_shares:
-        model.fit_depth(images, 0.66)
+    if model.image_gflops(0, model(images)[0].info) is not None:
+        fit_knob(model, images, 0.66)
     batches = [images[:8], images[8:16], images[16:]]
     thresholds = [confidence(out.logits).quantile(0.5).item() for out in model(images)[:-1]]
     expected = list(ExitStream(model, CPU, thresholds, 8)(batches))

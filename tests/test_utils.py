@@ -371,12 +371,12 @@ def test_generators_continue_from_a_file(tmp_path: Path) -> None:
 
 def test_model_kwargs_take_json_and_words() -> None:
     parser = argparse.ArgumentParser()
-    flags.add_model_arguments(parser)
+    flags.add_model_flags(parser)
     argv = "--alpha 0.5 --model-kwargs depth=3 init=deit mlp_ratio=2.5 qkv_bias=false".split()
-    found = flags.model_arguments(parser.parse_args(argv))
+    found = flags.constructor_kwargs(vars(parser.parse_args(argv)))
     assert found == {"alpha": 0.5, "depth": 3, "init": "deit", "mlp_ratio": 2.5, "qkv_bias": False}
     with pytest.raises(ValueError, match="depth"):
-        flags.model_arguments(parser.parse_args(["--model-kwargs", "depth"]))
+        flags.constructor_kwargs(vars(parser.parse_args(["--model-kwargs", "depth"])))
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), float("inf")])
