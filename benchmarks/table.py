@@ -283,16 +283,13 @@ class Bench:
             for model in workloads:
                 model.eval().zero_grad()
         row["images_per_second"], row["spread"] = statistics.median(ours), f"{min(ours):.4g}-{max(ours):.4g}"
-        return row | self.ratios(row, statistics.median(theirs[0])) if theirs else row
-
-    def ratios(self, row: Row, baseline_rate: float) -> Row:
-        """Return the cells that compare a row with the baseline."""
-        cells = {"baseline_images_per_second": baseline_rate}
-        cells["speedup"] = row["images_per_second"] / baseline_rate
-        if row["gflops"] and self.baseline.gflops:
-            cells["saved_gflops"] = self.baseline.gflops[-1] / row["gflops"]
-            cells["realised_fraction"] = cells["speedup"] / cells["saved_gflops"]
-        return cells
+        if theirs:
+            row["baseline_images_per_second"] = statistics.median(theirs[0])
+            row["speedup"] = row["images_per_second"] / row["baseline_images_per_second"]
+            if row["gflops"] and self.baseline.gflops:
+                row["saved_gflops"] = self.baseline.gflops[-1] / row["gflops"]
+                row["realised_fraction"] = row["speedup"] / row["saved_gflops"]
+        return row
 
 
 def title(row: Row) -> str:

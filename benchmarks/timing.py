@@ -50,15 +50,12 @@ def timed(run: Callable[[], Result], device: torch.device) -> tuple[Result, floa
 
 
 def rates_in_turn(samples: list[Callable[[], int]], device: torch.device, repeats: int) -> list[list[float]]:
-    """Return images per second of several pieces of work, in turn, so that a drift affects all equally.
+    """Return `repeats` rates of each piece of work in images per second; a drift affects all equally.
 
     Args:
         samples: take one sample each and return its number of images.
         device: that the work runs on.
-        repeats: samples of each.
-
-    Returns:
-        One list of `repeats` rates per piece of work.
+        repeats: samples of each, taken in turn.
     """
     rates: list[list[float]] = [[] for _ in samples]
     for _ in range(repeats):
@@ -103,15 +100,11 @@ def time_pass(
     """
     loading, targets = 0.0, []
 
-    def load(batches: Iterator[list[Tensor]]) -> list[Tensor] | None:
-        batch = next(batches, None)
-        return None if batch is None else to_device(batch, device)
-
     def feed() -> Iterator[Tensor]:
         nonlocal loading
-        batches = iter(loader)
+        batches = (to_device(batch, device) for batch in loader)
         while True:
-            batch, seconds = timed(partial(load, batches), device)
+            batch, seconds = timed(lambda: next(batches, None), device)
             if batch is None:
                 return
             loading += seconds
@@ -150,7 +143,7 @@ class Workload(NamedTuple):
 def time_in_turn(
     workloads: list[Workload], device: torch.device, repeats: int, seconds: float, warmup: int
 ) -> list[list[float]]:
-    """Return images per second of several workloads, sampled in turn.
+    """Return `repeats` rates of each workload in images per second, sampled in turn.
 
     Args:
         workloads: sampled in this order, `repeats` times over.
@@ -158,9 +151,6 @@ def time_in_turn(
         repeats: samples of each.
         seconds: least length of a sample, which is a whole number of passes.
         warmup: untimed batches of each.
-
-    Returns:
-        One list of `repeats` rates per workload.
     """
     samples = []
     for workload in workloads:

@@ -84,11 +84,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--list", choices=LISTS, help="a list of models, before those of --models")
     add("--baseline", default=BASELINE, metavar="MODEL", help="what all others relate to")
-    sizes = "one or several; auto: what fits"
-    add("--batch-size", nargs="+", type=batch_size, default=[32], metavar="N", help=sizes)
+    sizes = dict(nargs="+", type=batch_size, default=[32], metavar="N")
+    add("--batch-size", **sizes, help="one or several; auto: what fits")
     add("--max-batch", type=POSITIVE_INT, help="limit of --batch-size auto; default: 4096 on a GPU")
-    side = "side of the images in pixels; default: each model's own"
-    add("--img-size", type=POSITIVE_INT, help=side)
+    add("--img-size", type=POSITIVE_INT, help="side of the images in pixels; default: each model's own")
     share = "share of the images that leave at the first exit, the rest evenly at the others"
     add("--exit-share", type=SHARE, help=f"{share}; default: 0.78 of two exits, equal shares of more")
     add("--loader", action="store_true", help="time loading instead, with the first model, and both together")
@@ -213,8 +212,8 @@ def main() -> None:
     # Measure, and write what is asked for.
     if args.loader:
         options = loading.Options(args.num_workers, args.repeats, args.seconds)
-        measure = loading.measure
-        rows = measure(specs[0], args.img_size, args.data_path, args.batch_size, precision, options)
+        where = args.img_size, args.data_path, args.batch_size
+        rows = loading.measure(specs[0], *where, precision, options)
         table = loading.as_markdown(rows, header)
         return write_tables(rows, loading.COLUMNS, table, args.csv, args.markdown)
     given = {name: getattr(args, name) for name in Options._fields if getattr(args, name) is not None}

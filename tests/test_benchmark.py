@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from PIL import Image
 from timm.models import register_model
 from torch import Tensor
 
-from benchmarks import timing as speed
+from benchmarks import timing
 from benchmarks.table import COLUMNS, Bench, ModelSpec, Options, TimedModel, operating_points
 from benchmarks.timing import (
     Workload,
@@ -23,6 +23,7 @@ from benchmarks.timing import (
     largest_batch,
     latencies,
     time_in_turn,
+    time_pass,
     training_workload,
 )
 from engine import Precision
@@ -63,7 +64,7 @@ def limited() -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds, in a list of one, that stand still unless a test moves them."""
     now = [0.0]
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     return now
 
 
@@ -111,19 +112,19 @@ def test_early_exit_work_meets_its_shares(name: str, batch_size: int, batches: i
     images = batches * batch_size
     model = timm.create_model(name, embed_dim=32, depth=2, num_heads=2).eval()
     shares = operating_points(model.num_exits)[-1].shares
-    work = exit_workload(model, Precision(CPU, dtype), batch_size, shares)
-    assert {len(batch) for batch in work.batches} == {batch_size} and work.images() == images
-    exits = torch.cat([exits for _, exits in work.run(work.batches)])
+    workload = exit_workload(model, Precision(CPU, dtype), batch_size, shares)
+    assert {len(batch) for batch in workload.batches} == {batch_size} and workload.images() == images
+    exits = torch.cat([exits for _, exits in workload.run(workload.batches)])
     edges = [0] + [round(images * sum(shares[: k + 1])) for k in range(model.num_exits)]
     assert exits.bincount(minlength=model.num_exits).tolist() == torch.tensor(edges).diff().tolist()
-    assert len({image.numpy().tobytes() for batch in work.batches for image in batch}) == images
+    assert len({image.numpy().tobytes() for batch in workload.batches for image in batch}) == images
 
 
 def test_work_without_early_exit_runs_all_stages_on_one_batch() -> None:
     model = timm.create_model("lf_deit_nano", embed_dim=32, depth=2, num_heads=2).eval()
-    work = exit_workload(model, Precision(CPU), 3, [0.0, 1.0])
-    ((_, exits),) = work.run(work.batches)
-    assert len(work.batches) == 1 and (exits == 1).all()
+    workload = exit_workload(model, Precision(CPU), 3, [0.0, 1.0])
+    ((_, exits),) = workload.run(workload.batches)
+    assert len(workload.batches) == 1 and (exits == 1).all()
 
 
 def test_operating_points_by_number_of_exits() -> None:
@@ -169,6 +170,50 @@ def test_samples_alternate_and_last_long_enough(clock: list[float]) -> None:
     rates = time_in_turn(works, CPU, repeats=3, seconds=1.6, warmup=3)
     assert order == "aaa" + "a" + "bbb" + "bb" + 3 * ("a" + "bb" * 3)
     assert rates == [[pytest.approx(2.0)] * 3, [pytest.approx(4.0)] * 3]
+
+
+@pytest.mark.parametrize("batches", [0, 3])
+def test_a_pass_tells_loading_from_the_model(batches: int, clock: list[float]) -> None:
+    class Loader:
+        def __iter__(self) -> Iterator[list[Tensor]]:
+            for _ in range(batches):
+                clock[0] += 0.5
+                yield [torch.zeros(4, 3, 2, 2), torch.arange(4)]
+
+    def run(images: Iterable[Tensor]) -> Iterator[int]:
+        for batch in images:
+            clock[0] += 0.125
+            yield len(batch)
+
+    one = time_pass(run, Loader(), CPU, warmup=2)
+    assert one.outputs == [4] * batches and len(one.targets) == batches
+    if batches:
+        assert one.rates() == (pytest.approx(4 / 0.125), pytest.approx(4 / 0.625))
+        assert (one.images, one.model, one.total) == (12, pytest.approx(0.375), pytest.approx(1.875))
+    else:
+        assert one.rates() == (0.0, 0.0)
+
+
+def test_cuda_is_timed_by_events_around_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            order.append(f"event on {stream}")
+
+        def elapsed_time(self, end: "Event") -> float:
+            assert end is not self and order[-1] == "wait"
+            return 250.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("wait"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    result, seconds = timing.timed(lambda: order.append("run"), torch.device("cuda:1"))
+    event = "event on stream of cuda:1"
+    assert result is None and seconds == 0.25 and order == ["wait", event, "run", event, "wait"]
 
 
 def test_latencies_are_of_single_calls(clock: list[float]) -> None:
@@ -370,14 +415,14 @@ def test_without_fvcore_only_the_cost_is_missing(
 def test_cost_of_halted_tokens_is_saved() -> None:
     torch.manual_seed(0)
     precision = Precision(CPU, torch.bfloat16)  # in which other tokens halt than in float32
-    subject = TimedModel(ModelSpec.of("avit_deit_nano:gate_center=1"), None, CPU)
-    work = exit_workload(subject.model, precision, 6, [1.0])
+    timed = TimedModel(ModelSpec.of("avit_deit_nano:gate_center=1"), None, CPU)
+    workload = exit_workload(timed.model, precision, 6, [1.0])
     with torch.inference_mode(), precision.autocast():
-        tokens = subject.model(work.batches[0])[0].info["tokens"]
+        tokens = timed.model(workload.batches[0])[0].info["tokens"]
     assert (tokens[:, -1] < tokens[:, 0]).any()
-    found = subject.mean_gflops(work, precision)
-    assert found == pytest.approx(token_gflops(subject.model, tokens).mean().item())
-    assert found < subject.gflops[0]
+    mean = timed.mean_gflops(workload, precision)
+    assert mean == pytest.approx(token_gflops(timed.model, tokens).mean().item())
+    assert mean < timed.gflops[0]
 
 
 @pytest.mark.parametrize("broken", ["", "torch", PLAIN])
@@ -419,15 +464,15 @@ def test_only_test_speed_needs_no_data(command: Command, tmp_path: Path) -> None
     assert ended.code == 0, ended.err
     earlier, line = (tmp_path / "out" / "speed_macs.txt").read_text().splitlines()
     assert earlier == "an earlier line"
-    found = json.loads(line)
+    speed = json.loads(line)
     model = timm.create_model("lf_deit_nano", num_classes=7, embed_dim=32, depth=2, num_heads=2)
-    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    assert speed["parameters"] == sum(p.numel() for p in model.parameters())
     assert (
-        found["exit_gflops"] == pytest.approx(exit_gflops(model))
-        and found["gflops"] == found["exit_gflops"][1]
+        speed["exit_gflops"] == pytest.approx(exit_gflops(model))
+        and speed["gflops"] == speed["exit_gflops"][1]
     )
-    assert found["spread"][0] <= found["images_per_second"] <= found["spread"][1]
-    assert (found["batch_size"], found["dtype"], found["img_size"]) == (3, "float32", 56)
+    assert speed["spread"][0] <= speed["images_per_second"] <= speed["spread"][1]
+    assert (speed["batch_size"], speed["dtype"], speed["img_size"]) == (3, "float32", 56)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"speed_macs.txt", "train.log"}
 
 
@@ -460,8 +505,8 @@ def test_a_training_step_is_one_of_the_optimizer() -> None:
     torch.manual_seed(0)
     model = TimedModel(ModelSpec.of(TWO), None, CPU).model
     before = {name: value.clone() for name, value in model.named_parameters()}
-    work = training_workload(model, Precision(CPU), 4)
-    work.run(work.batches)
+    workload = training_workload(model, Precision(CPU), 4)
+    workload.run(workload.batches)
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     assert moved == before.keys()
     # AdamW's first step has the length of the learning rate, decay aside.

@@ -65,13 +65,13 @@ def test_evaluation_normalised_on_the_device_is_the_same(workers: int, pictures:
 
 
 def test_training_normalised_on_the_device_is_the_same(pictures: Path) -> None:
-    found = []
+    batches = []
     for ending in ({}, AS_BYTES):
         transform = train_transform(56, DATA_CONFIG, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0, **ending)
         random.seed(0), np.random.seed(0), torch.manual_seed(0)
         loader = DataLoader(Files(pictures, transform), 6)
-        found.append(next(iter(DeviceLoader(loader, CPU, DATA_CONFIG) if ending else loader))[0])
-    torch.testing.assert_close(*found, atol=1e-6, rtol=0)
+        batches.append(next(iter(DeviceLoader(loader, CPU, DATA_CONFIG) if ending else loader))[0])
+    torch.testing.assert_close(*batches, atol=1e-6, rtol=0)
 
 
 def test_erasing_on_the_device_comes_after_normalisation(pictures: Path) -> None:
