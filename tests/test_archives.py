@@ -179,6 +179,7 @@ def test_classes_of_a_model_renumber_an_archive(source: DataSource, numbered: Pa
         build_dataset(source, "val", classes=["a", "c"])
 
 
+@pytest.mark.slow
 def test_archive_survives_pickling_and_workers(source: DataSource) -> None:
     data = build_dataset(source, "val", number)
     expected = list(data)
@@ -211,6 +212,7 @@ def by_two(numbered: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return json.loads(ended.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_of_two_workers_evaluate_every_image_once_in_order(
     kind: str, by_two: dict[str, dict], numbered: Path
@@ -246,6 +248,7 @@ def expected() -> dict[str, tuple[dict, dict]]:
     return {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_commands_do_the_same_on_archives_as_on_folders(
     kind: str, command: Command, folder: Path, tmp_path: Path, expected: dict

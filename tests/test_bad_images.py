@@ -324,6 +324,7 @@ def test_without_a_place_the_log_lists_them(command: Command, sharp: Path, damag
     assert "3 of 40 images could not be read\n" in ended.err
 
 
+@pytest.mark.slow
 def test_two_processes_count_together(infer: Callable, sharp: Path, damaged: dict, tmp_path: Path) -> None:
     data, target = damaged["damaged"], tmp_path / "two" / "results.json"
     flags = ["--checkpoint_path", sharp, "--data_url", data, "--num_workers", 1, "--batch_size", 8]
@@ -348,6 +349,7 @@ def test_pictures_are_of_the_others(command: Command, sharp: Path, damaged: dict
 TRAIN = "--model lf_deit_nano --epochs 2 --batch-size 32 --device cpu --model-kwargs embed_dim=32 depth=2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra", ["--num_workers 0", "--num_workers 2 --persistent-workers --prefetch-factor 1"]
 )
@@ -365,6 +367,7 @@ def test_training_goes_on_with_other_images(extra: str, command: Command, damage
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_training_is_the_same_however_it_is_loaded(command: Command, damaged: dict, tmp_path) -> None:
     """With bad images, with or without processes, and whoever normalises."""
     losses = []

@@ -102,6 +102,7 @@ def test_equal_confidences_cannot_be_forced() -> None:
         force_exits(torch.full((100, 1), 0.25), [39, 11])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, batch_size, batches",  # of 9 batches, 1.98 go on; of 3, two and one
     [("lf_deit_nano", 1, 50), ("lf_deit_nano", 7, 9), ("lf_deit_nano", 32, 9)]
@@ -344,6 +345,7 @@ def test_nothing_measured_is_a_failure(command: Command, tmp_path: Path) -> None
     assert read(tmp_path / "a.csv")[0]["error"] == "seven is too much"
 
 
+@pytest.mark.slow
 def test_auto_takes_the_largest_batch_that_model_and_baseline_run(command: Command, tmp_path: Path) -> None:
     flags = ["--batch-size", "auto", "--max-batch", 96, "--csv", tmp_path / "a.csv"]
     assert command("benchmark", "--models", "limited_vit", PLAIN, *QUICK, *flags).code == 0

@@ -213,6 +213,7 @@ def test_released_lv_weights_get_their_own_crop() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--channels-last"], ["--accumulate", "2"]])
 def test_other_precision_and_layout_train(
     command: Command, folder: Path, tmp_path: Path, flags: list
@@ -252,6 +253,7 @@ def test_fewer_folders_than_classes_are_not_guessed(
     )
 
 
+@pytest.mark.slow
 def test_a_longer_run_takes_the_longer_schedule(
     command: Command, folder: Path, trained: Path, tmp_path: Path
 ) -> None:
@@ -278,6 +280,7 @@ def test_training_goes_on_for_another_epoch(
     assert not same(before["model"], after["model"]) and not same(before["model_ema"], after["model_ema"])
 
 
+@pytest.mark.slow
 def test_interrupted_run_ends_like_an_uninterrupted_one(
     command: Command, folder: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,6 +352,7 @@ STORED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [0, 1, 2])
 def test_exact_command_prints_and_stores(
     mode: int, command: Command, folder: Path, checkpoint: Path, answers: Answers
@@ -605,6 +609,7 @@ def test_prediction_of_one_image_into_a_file(
 # Pictures
 
 
+@pytest.mark.slow
 def test_exact_command_draws_pictures(
     folder: Path, checkpoint: Path, answers: Answers, tmp_path: Path
 ) -> None:
@@ -812,6 +817,7 @@ def test_device_that_is_not_there(name: str, command: Command, folder: Path, sha
     check_error(name, command(name, *argv), "--device cpu")
 
 
+@pytest.mark.slow
 def test_error_of_a_loading_process_in_a_shell(bad: Path, tmp_path: Path) -> None:
     arguments = f"{NANO} --data-path {bad}/broken_train --batch-size 32 --num_workers 2 --no-repeated-aug"
     ended = run("main_deit.py", *arguments.split(), "--output_dir", tmp_path / "output", "--device", "cpu")

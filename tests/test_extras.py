@@ -2,7 +2,10 @@
 
 import re
 
+import pytest
 from cases import ROOT, run
+
+pytestmark = pytest.mark.slow
 
 CODE = """
 import sys

@@ -261,6 +261,7 @@ def test_tree_of_the_readme_is_complete() -> None:
     assert sorted(map(str, wanted - listed)) == []
 
 
+@pytest.mark.slow
 def test_python_of_the_readme_runs(folder: Path, trained: Path) -> None:
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
     assert "output/quickstart/checkpoint.pth" in code and "data/digits" in code
@@ -286,6 +287,7 @@ assert "--count" in {name for flag in declared_flags() for name in flag.spelling
 """
 
 
+@pytest.mark.slow
 def test_skeleton_of_the_guide_works() -> None:
     code = (ROOT / "CONTRIBUTING.md").read_text().split("```python\n")[1].split("```")[0]
     ended = run("-c", code + TRY_SKELETON)

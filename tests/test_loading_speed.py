@@ -235,6 +235,7 @@ def test_bad_input_is_one_line(flags: list, message: str, command: Command) -> N
     assert ended.code == 2 and ended.out == "" and len(lines) == 1 and message in lines[0]
 
 
+@pytest.mark.slow
 def test_predictions_do_not_depend_on_who_normalises(
     command: Command, sharp: Path, folder: Path, tmp_path: Path
 ) -> None:

@@ -135,6 +135,7 @@ def one_line(ended: Ended) -> str:
 # Killed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "kills", "again"),
     [
@@ -174,6 +175,7 @@ def test_skipped_batches_are_not_loaded(
     assert sum("train" in Path(path).parts for path in loaded) == (STEPS - 6) * 8
 
 
+@pytest.mark.slow
 def test_log_written_but_checkpoint_not(
     whole: Callable, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +242,7 @@ TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2 --max-resta
 ELASTIC = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_after_a_killed_rank(folder: Path, tmp_path: Path) -> None:
     """Running statistics of batch normalisation, which differ between ranks inside an epoch, included."""
     argv = [*TRAIN, "--model", "cf_lvvit_nano", "--batch-size", 4, "--data-path", folder, "--resume", "auto"]
@@ -256,6 +259,7 @@ def test_torchrun_restarts_after_a_killed_rank(folder: Path, tmp_path: Path) -> 
 # Signals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_stops_with_a_checkpoint(
     name: str, whole: Callable, train: Train, at_step: Callable, tmp_path: Path
@@ -283,6 +287,7 @@ def test_a_signal_waits_for_the_update(train: Train, at_step: Callable, tmp_path
     assert "at epoch 0, step 6;" in train("run", "--accumulate", 3, "--checkpoint-every", "9m").err
 
 
+@pytest.mark.slow
 def test_a_signal_during_evaluation_stops_after_it(
     whole: Callable, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,6 +308,7 @@ def test_second_interrupt_stops_at_once(train: Train, at_step: Callable, tmp_pat
 # Damaged, and not to be written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [spoil, lambda path: os.truncate(path, 70_000)], ids=["bit", "cut"])
 def test_damaged_checkpoint(
     damage: Callable, whole: Callable, train: Train, at_step: Callable, tmp_path: Path
@@ -454,6 +460,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_one_run_per_folder(train: Train, tmp_path: Path) -> None:
     """The lock goes with its process, even where children of it live on."""
     output = tmp_path / "run"

@@ -18,6 +18,8 @@ from checkpointing.format import load_checkpoint, load_json
 from models import registry
 from models.cost import exit_gflops, stage_gflops, token_gflops
 
+pytestmark = pytest.mark.slow
+
 sys.path.insert(0, str(ROOT / "scripts"))
 NAMES = ("toy_deit_nano", "toy_nano", "toy_lf_deit_nano")
 ALONE, COMBINED = NAMES[0], NAMES[2]

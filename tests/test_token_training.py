@@ -10,6 +10,8 @@ from cases import Command
 
 from checkpointing.format import load_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def labels(folder: Path, tmp_path: Path) -> Path:
