@@ -61,7 +61,7 @@ class Session(NamedTuple):
             args.batch_size,
             args.num_workers,
             context.rank,
-            context.world,
+            context.world_size,
             max_bad=args.max_bad_images,
             bad_list=Path(beside).with_name("bad_images.txt") if beside else None,
             pin_memory=context.device.type == "cuda",

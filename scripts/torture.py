@@ -1,4 +1,4 @@
-"""Trains a tiny model once in peace and once with kills at random moments, and compares what they leave.
+"""Trains a tiny model once in peace, and again and again with kills at random moments, and compares the ends.
 
     python scripts/torture.py --kills 100
 

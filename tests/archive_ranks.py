@@ -18,7 +18,7 @@ def grey(image: Image.Image) -> int:
 
 def main() -> None:
     context = utils.start("cpu")
-    share = dict(rank=context.rank, world=context.world)
+    share = dict(rank=context.rank, world=context.world_size)
     seen: dict[str, dict[str, list]] = {}
     for kind, source in json.loads(sys.argv[1]).items():
         seen[kind] = {"train": [], "val": []}

@@ -25,9 +25,10 @@ from torch.utils.data import Dataset
 import datasets
 import main_deit
 import utils
-from checkpointing import folder as checkpoints
+from checkpointing.folder import checkpoint_numbers, checkpoint_path, load_newest, save_in_turn
 from checkpointing.format import load_checkpoint
-from checkpointing.run import Run
+from checkpointing.run import Run, RunLog
+from engine import Objective
 from loading import loaders
 from loading.sampler import names_of_batch
 
@@ -284,9 +285,9 @@ def test_a_signal_waits_for_the_update(train: Train, at_step: Callable, tmp_path
 def test_a_signal_during_evaluation_stops_after_it(
     whole: Callable, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = Run.write
+    add_epoch = RunLog.add_epoch
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "write", lambda *_: (os.kill(os.getpid(), signal.SIGTERM), write(*_)))
+        patch.setattr(RunLog, "add_epoch", lambda *_: (os.kill(os.getpid(), signal.SIGTERM), add_epoch(*_)))
         assert "at epoch 1, step 0;" in train("run").err
     assert train("run", "--resume", "auto").code == 0
     check_same(whole(), tmp_path / "run")
@@ -341,10 +342,10 @@ def test_full_disk_leaves_the_last_checkpoint(train: Train, at_step: Callable, t
 def test_as_many_checkpoints_as_wanted_stay(tmp_path: Path) -> None:
     state = {"model": {"weight": torch.zeros(3)}}
     for number in range(5):
-        checkpoints.save(state | {"number": number}, tmp_path / "checkpoint.pth", keep=3)
-        kept = [load_checkpoint(checkpoints.older(tmp_path, n))["number"] for n in range(min(3, number + 1))]
+        save_in_turn(state | {"number": number}, tmp_path / "checkpoint.pth", keep=3)
+        kept = [load_checkpoint(checkpoint_path(tmp_path, n))["number"] for n in range(min(3, number + 1))]
         assert kept == list(range(number, -1, -1))[:3] and len(names_in(tmp_path)) == len(kept)
-    checkpoints.save(state | {"number": 9}, tmp_path / "checkpoint.pth", keep=1)  # the first of a new run
+    save_in_turn(state | {"number": 9}, tmp_path / "checkpoint.pth", keep=1)  # the first of a new run
     assert names_in(tmp_path) == {"checkpoint.pth"}
 
 
@@ -362,21 +363,21 @@ def test_killed_while_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return count
 
     for number in range(3):
-        checkpoints.save(state | {"number": number}, path, keep=3)
+        save_in_turn(state | {"number": number}, path, keep=3)
     newest, saved, calls, code = 2, 2, [], 9
     while code and newest < 40:  # further in each round, until all calls are done
         newest, call = newest + 1, newest - 1
         if not (child := os.fork()):
             for name in ("fsync", "replace", "link"):
                 monkeypatch.setattr(os, name, die_at(call, getattr(os, name)))
-            checkpoints.save(state | {"number": newest}, path, keep=3)
+            save_in_turn(state | {"number": newest}, path, keep=3)
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        found = checkpoints.find_newest(tmp_path)[1]["number"]
-        assert found == newest or (code and found == saved), call
-        saved = found
-    assert found == newest and call > 5
-    assert checkpoints.numbers(tmp_path) == [0, 1, 2]
+        left = load_newest(tmp_path)[1]["number"]
+        assert left == newest or (code and left == saved), call
+        saved = left
+    assert left == newest and call > 5
+    assert checkpoint_numbers(tmp_path) == [0, 1, 2]
 
 
 # Losses that are not finite
@@ -406,7 +407,7 @@ def test_a_loss_that_is_not_finite(
         return original(model, loader, *rest)
 
     monkeypatch.setattr(main_deit, "train_one_epoch", look)
-    monkeypatch.setattr(main_deit, "make_criterion", lambda *_: (Spoiled({4, 6}), None))
+    monkeypatch.setattr(main_deit, "make_objective", lambda *_: Objective(Spoiled({4, 6})))
     ended = train("run", "--epochs", 1, "--mixup", 0, "--cutmix", 0, "--skip-nonfinite", skip)
     files = ", ".join(batches[(4, 6, 6)[skip]])
     assert f"the loss is nan at epoch 0, step {(4, 6, 6)[skip]} ({files})" in ended.err
@@ -432,7 +433,8 @@ def test_a_gradient_that_is_not_finite(train: Train, monkeypatch: pytest.MonkeyP
             return gradient * torch.inf
 
     criterion = Spoiled(set())
-    monkeypatch.setattr(main_deit, "make_criterion", lambda *_: (lambda *a: Steep.apply(criterion(*a)), None))
+    objective = Objective(lambda *batch: Steep.apply(criterion(*batch)))
+    monkeypatch.setattr(main_deit, "make_objective", lambda *_: objective)
     ended = train("run", "--mixup", 0, "--cutmix", 0)
     assert ended.code == 1 and re.search(
         r"the gradient norm is (nan|inf) at epoch 0, step 0", one_line(ended)
@@ -442,22 +444,22 @@ def test_a_gradient_that_is_not_finite(train: Train, monkeypatch: pytest.MonkeyP
 # Two runs, one folder
 
 HOLDER = """
-import sys, time; from pathlib import Path; import os
-from checkpointing import folder as checkpoints
-from checkpointing.format import load_checkpoint
-lock = checkpoints.open_folder(Path({folder!r}))
-if os.fork():
-    print("locked", flush=True)
-time.sleep(600)
+import os, time
+from pathlib import Path
+from checkpointing.folder import locked
+with locked(Path({folder!r})):
+    if os.fork():
+        print("locked", flush=True)
+    time.sleep(600)
 """
 
 
 def test_one_run_per_folder(train: Train, tmp_path: Path) -> None:
     """The lock goes with its process, even where children of it live on."""
     output = tmp_path / "run"
-    code = HOLDER.format(root=str(ROOT), folder=str(output))
+    code = HOLDER.format(folder=str(output))
     holder = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
         assert holder.stdout.readline() == "locked\n"
@@ -492,8 +494,8 @@ def test_a_new_run_in_an_old_folder_keeps_nothing_of_it(
         ("--resume auto", "--output_dir"),
         ("--checkpoint-every 0", "'0' is neither batches, as 500, nor minutes, as 10m"),
         ("--checkpoint-every 5h", "'5h' is neither"),
-        ("--keep-last 0", "--keep-last is 0"),
-        ("--skip-nonfinite -1", "--skip-nonfinite is -1"),
+        ("--keep-last 0", "--keep-last: '0' is not a whole number from 1 up"),
+        ("--skip-nonfinite -1", "--skip-nonfinite: '-1' is not a whole number from 0 up"),
         ("--eval --resume auto --output_dir nowhere", "--eval needs the checkpoint"),
     ],
 )
