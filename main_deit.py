@@ -312,11 +312,10 @@ def loading_options(args: argparse.Namespace, device: torch.device) -> dict[str,
 
 def optimizer_options(args: argparse.Namespace, global_batch_size: int) -> dict[str, Any]:
     """Return arguments of create_optimizer_v2."""
-    scale = 1 if args.unscale_lr else global_batch_size * args.accumulate / 512
     optional = {"eps": args.opt_eps, "betas": args.opt_betas}
     return dict(
         opt=args.opt,
-        lr=args.lr * scale,
+        lr=args.lr if args.unscale_lr else args.lr * global_batch_size * args.accumulate / 512,
         weight_decay=args.weight_decay,
         momentum=args.momentum,
         **{name: value for name, value in optional.items() if value is not None},
@@ -533,7 +532,8 @@ def train_epochs(
             # Logs and checkpoints
             entry = {f"train_{name}": value for name, value in losses.items()} | measures
             run.end_epoch(entry, measures[best_by])
-            accuracy = [f"{s} {measures[f'test_exit{k}_acc1']:.2f}" for k, s in enumerate(model.stage_names)]
+            exits = enumerate(model.stage_names)
+            accuracy = [f"{stage} {measures[f'test_exit{k}_acc1']:.2f}" for k, stage in exits]
             log.info("epoch %d: top-1 %s; best %.2f", epoch, ", ".join(accuracy), run.best)
             if run.log.board and picture_freq and epoch % picture_freq == 0:
                 run.log.board.add_image("regions", picture_of(model, data), epoch, dataformats="HWC")

@@ -291,7 +291,7 @@ class Number(NamedTuple):
                 return number
         raise argparse.ArgumentTypeError(f"{text!r} is not {self}")
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         what = "a whole number" if self.kind is int else "a finite number"
         if self.low == -math.inf:
             return what

@@ -105,7 +105,7 @@ def check_arguments(parser: argparse.ArgumentParser, values: dict[str, Any], sou
             ways = [[flag]] if value else [[], [f"--no-{flag[2:]}"]]
         elif isinstance(value, (list, tuple)):
             value = list(value)
-            if not any(str(item).startswith("-h") or str(item).startswith("--") for item in value):
+            if not any(str(item).startswith(("-h", "--")) for item in value):  # not another flag
                 ways.append([flag, *map(str, value)])
         if value is not None and not any(reads(parser, way, name, value) for way in ways):
             raise ValueError(f"{source}: its argument {name} is {shown(value)}, which no flag gives")

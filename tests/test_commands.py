@@ -156,7 +156,7 @@ def test_learning_rate_and_decay_of_the_weights() -> None:
     args = main_deit.parse([*TRAIN, "--data-path", "unused", "--accumulate", "2"])[0]
     model = create_model("lf_deit_nano", {})
     groups = create_optimizer_v2(model, **main_deit.optimizer_options(args, 4 * 32)).param_groups
-    assert {group["initial_lr"] for group in groups} == {5e-4 * 32 * 2 * 4 / 512}
+    assert {group["lr"] for group in groups} == {5e-4 * 32 * 2 * 4 / 512}
     decayed = {id(weight) for group in groups if group["weight_decay"] for weight in group["params"]}
     free = {name for name, weight in model.named_parameters() if id(weight) not in decayed}
     flat = {name for name, weight in model.named_parameters() if weight.ndim == 1}

@@ -28,6 +28,7 @@ import utils
 from checkpointing.folder import checkpoint_numbers, checkpoint_path, load_newest, save_in_turn
 from checkpointing.format import load_checkpoint
 from checkpointing.run import Run, RunLog
+from checkpointing.schema import check_arguments
 from engine import Objective
 from loading import loaders
 from loading.sampler import names_of_batch
@@ -502,6 +503,31 @@ def test_a_new_run_in_an_old_folder_keeps_nothing_of_it(
 def test_bad_flags(argv: str, text: str, command: Command, folder: Path) -> None:
     ended = command("main_deit", *TRAIN, "--data-path", folder, *argv.split())
     assert ended.code == 2 and text in one_line(ended)
+
+
+def test_saved_arguments_are_those_that_a_command_line_gives() -> None:
+    """Each saved value is what its flag makes of it, or the file is refused."""
+    parser = main_deit.make_parser()
+    line = "--model-kwargs a=1 b=x --mean 0.1 0.2 0.3 --no-pin-mem --token-label --amp --drop-loc 1,3"
+    saved = vars(parser.parse_args(line.split()))
+    saved = {name: value for name, value in saved.items() if name not in main_deit.OF_ONE_RUN}
+    check_arguments(parser, saved, "file.pth")
+    check_arguments(parser, saved | {"scale": [0.08, 1.0]}, "file.pth")  # JSON has no tuples
+    wrong: dict[str, list[Any]] = {
+        "lr": ["text", True, float("nan"), -1.0, [0.1], torch.zeros(3)],
+        "epochs": [3.5, 0, True],
+        "opt_betas": [[0.9], [0.9, "x"], 0.9],
+        "mean": [[0.1, 0.2], torch.zeros(3)],
+        "model_kwargs": [["--help"], ["-h"], [1], {"a": 1}],
+        "aa": [3, [], {"a": 1}, torch.zeros(3, 3)],
+        "amp": ["nope", True],
+        "pin_mem": [0, "no"],
+        "checkpoint_every": ["5h", 5],
+    }
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"file.pth: its argument {name} is .*, which no flag gives"):
+                check_arguments(parser, saved | {name: value}, "file.pth")
 
 
 def test_deterministic_mode(train: Train) -> None:
