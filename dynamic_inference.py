@@ -123,7 +123,7 @@ class Coverage:
         if lost := [path for path in paths if path not in found]:
             raise ValueError(f"{file} has no box for {lost[0]}")
         boxes = torch.tensor([found[path] for path in paths]).clamp(0, size)
-        self.boxes = boxes[session.context.rank :: session.context.world].to(session.context.device)
+        self.boxes = boxes[session.context.rank :: session.context.world_size].to(session.context.device)
         self.patch, self.seen = session.model.patch_size, 0
 
     def add(self, images: Tensor, outputs: list) -> None:

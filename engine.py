@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import utils
 from loading.loaders import Shard, to_device
 from loading.sampler import names_of_batch
 from models import Adaptive, StageOutput
@@ -37,17 +37,18 @@ class Precision(NamedTuple):
     dtype: torch.dtype | None = None
     memory_format: torch.memory_format = torch.contiguous_format
 
-    def place(self, batch: list[Tensor]) -> list[Tensor]:
-        """A batch on the device, its images in the memory format."""
-        images, *rest = to_device(batch, self.device)
-        return [images.contiguous(memory_format=self.memory_format), *rest]
-
     @classmethod
-    def of(cls, device: torch.device, name: str) -> "Precision":
-        """From the --amp flag; auto is fp16 on CUDA, as DeiT trains, and float32 elsewhere."""
+    def of(cls, device: torch.device, name: str, channels_last: bool = False) -> "Precision":
+        """Make it from the --amp flag; auto is fp16 on CUDA, as DeiT trains, and float32 elsewhere."""
         if name == "auto":
             name = "fp16" if device.type == "cuda" else "none"
-        return cls(device, {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}[name])
+        dtype = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+        return cls(device, dtype, torch.channels_last if channels_last else torch.contiguous_format)
+
+    def place(self, batch: list[Tensor]) -> list[Tensor]:
+        """Return a batch on the device, its images in the memory format."""
+        images, *rest = to_device(batch, self.device)
+        return [images.contiguous(memory_format=self.memory_format), *rest]
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -81,7 +82,7 @@ def check_thresholds(model: Adaptive, thresholds: list[float]) -> None:
 
 @torch.inference_mode()
 def cascade(model: Adaptive, images: Tensor, thresholds: list[float]) -> Iterator[Step]:
-    """Runs the stages one by one, each only on the images that are still undecided.
+    """Run the stages one by one, each only on the images that are still undecided.
 
     Args:
         images: [B,3,S,S].
@@ -112,13 +113,13 @@ def cascade(model: Adaptive, images: Tensor, thresholds: list[float]) -> Iterato
 
 @torch.inference_mode()
 def early_exit(model: Adaptive, images: Tensor, thresholds: list[float]) -> tuple[Tensor, Tensor]:
-    """Classifies a batch, computing later stages only for images that need them.
+    """Classify a batch, computing later stages only for images that need them.
 
     Returns:
         Logits [B,K] of the exit each image took, and that exit [B] int64. Both are the same whatever the rest
         of the batch is.
     """
-    logits, exits = None, torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    logits, exits = None, torch.zeros(len(images), dtype=torch.int64, device=images.device)  # [B,K], [B]
     for step in cascade(model, images, thresholds):
         if logits is None:
             logits = step.output.logits.clone()
@@ -126,6 +127,18 @@ def early_exit(model: Adaptive, images: Tensor, thresholds: list[float]) -> tupl
             logits[step.rows] = step.output.logits
             exits[step.rows] = step.exit
     return logits, exits
+
+
+class Objective(NamedTuple):
+    """What training minimises.
+
+    Attributes:
+        criterion: from logits and target to a scalar.
+        mixup: from a batch on the device to images and target; None where the batch is both.
+    """
+
+    criterion: Callable[[Tensor, Tensor], Tensor]
+    mixup: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
 class Update(NamedTuple):
@@ -149,6 +162,19 @@ class Update(NamedTuple):
     clip_grad: float | None = None
     skip: int = 0
 
+    def with_average(self, model: nn.Module) -> list[nn.Module]:
+        """Return a model and, where there is one, its moving average."""
+        return [model] if self.ema is None else [model, self.ema.module]
+
+    def updates(self, batches: int) -> int:
+        """Return how many updates so many batches of an epoch make."""
+        return math.ceil(batches / self.accumulate)
+
+    def group(self, step: int, batches: int) -> range:
+        """Return the batches of the update that batch `step` belongs to; an epoch's last may have fewer."""
+        first = step - step % self.accumulate
+        return range(first, min(first + self.accumulate, batches))
+
 
 @dataclass
 class Progress:
@@ -166,35 +192,57 @@ class Progress:
     sums: dict[str, float] = field(default_factory=dict)
     skipped: int = 0
 
+    def add(self, values: dict[str, float]) -> None:
+        """Add the values of one batch."""
+        self.batches += 1
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        """Return the means over the batches."""
+        return {name: total / self.batches for name, total in self.sums.items()}
+
+
+class Observer:
+    """What `train_one_epoch` reports to; this one only keeps the progress of the epoch.
+
+    Attributes:
+        progress: up to date when `on_step` and `on_update` are called.
+    """
+
+    def __init__(self) -> None:
+        self.progress = Progress()
+
+    def requests(self) -> list[float]:
+        """Return numbers of this process, whose sums over all processes `on_update` gets."""
+        return []
+
+    def on_step(self, step: int, images: int, losses: dict[str, float]) -> None:
+        """Take note of a batch: its number, its images in this process, its losses and the model's knobs."""
+
+    def on_update(self, requests: list[float]) -> None:
+        """Act between two updates, on the sums of the last batch's requests."""
+
 
 def train_one_epoch(
     model: nn.Module,
     loader: DataLoader,
-    criterion: Callable[[Tensor, Tensor], Tensor],
+    objective: Objective,
     update: Update,
     epoch: int,
     precision: Precision,
-    mixup: Callable[..., tuple[Tensor, Tensor]] | None = None,
-    on_step: Callable[[int, int, dict[str, float]], None] = lambda step, images, losses: None,
-    progress: Progress | None = None,
-    wishes: Callable[[], list[float]] = list,
-    on_update: Callable[[list[float]], None] = lambda wishes: None,
+    run: Observer | None = None,
 ) -> dict[str, float]:
-    """Trains for one pass over the loader, or for what is left of one.
+    """Train for one pass over the loader, or for what is left of one.
 
     Args:
         model: an Adaptive, or DistributedDataParallel around one.
-        loader: full batches of images and labels, or of what `mixup` takes, from `progress.step` on.
-        criterion: from logits and target to a scalar.
+        loader: full batches, from `run.progress.step` on.
+        objective: what is minimised.
         update: optimizer and its companions.
         epoch: 0-based.
         precision: device and autocast type.
-        mixup: from a batch on the device to images and target; default: the batch is both.
-        on_step: called with the step, the number of images, and the losses and schedules of every batch.
-        progress: of an interrupted epoch; brought up to date before `on_update`.
-        wishes: numbers of this process for `on_update`.
-        on_update: called after every update with the sums of the wishes over all processes, which travel with
-            the losses.
+        run: is told of every batch; its progress may be that of an interrupted epoch.
 
     Returns:
         Means over the epoch and all processes: `lr`, `loss`, each of its terms and the model's statistics.
@@ -203,73 +251,110 @@ def train_one_epoch(
         MainError: the loss or, unless the scaler looks after it, the gradient norm is not finite, in all
             processes at once; the weights are those before the bad batch.
     """
-    parallel = isinstance(model, nn.parallel.DistributedDataParallel)
-    own: Adaptive = model.module if parallel else model
-    progress = progress or Progress()
+    own: Adaptive = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    run = run or Observer()
+    progress, updates = run.progress, update.updates(len(loader))
     model.train()
-    updates = math.ceil(len(loader) / update.accumulate)
     update.scheduler.step(epoch)
-    update.scheduler.step_update(epoch * updates + math.ceil(progress.step / update.accumulate))
-    spoilt = False
+    update.scheduler.step_update(epoch * updates + update.updates(progress.step))
+    discard = False  # whether a batch of the present update was not finite
     for step, batch in enumerate(loader, progress.step):
         own.set_epoch(epoch + step / len(loader))
-        images, *target = precision.place(batch)
-        images, target = mixup(images, *target) if mixup else (images, *target)
-        first = step - step % update.accumulate
-        group = min(
-            update.accumulate, len(loader) - first
-        )  # the last update of an epoch may have fewer batches
-        last = step == first + group - 1
-        with nullcontext() if last or not parallel else model.no_sync():
-            with precision.autocast():
-                outputs = model(images)
-                terms = own.loss(outputs, target, criterion)
-                loss = torch.stack(list(terms.values())).sum()
-            update.scaler.scale(loss / group).backward()
-        norm = gradient_norm(own, update) if last else torch.zeros_like(loss)
-        # Read after the backward pass is under way, so that a GPU does not wait, and before the update.
-        shown = {"loss": loss, **terms, **own.statistics(outputs)}
-        asked = [loss.new_full((), wish) for wish in wishes()]
-        values = torch.stack([value.detach().float() for value in (*shown.values(), norm, *asked)])
-        values = sum_over_ranks(values).tolist()
-        world = torch.distributed.get_world_size() if parallel else 1
-        losses = {name: value / world for name, value in zip(shown, values, strict=False)}
-        finite = math.isfinite(losses["loss"])
-        # Gradients that overflow are the scaler's everyday business: it leaves the update out itself.
-        if not finite or not (math.isfinite(values[len(shown)]) or update.scaler.is_enabled()):
-            what = f"the loss is {losses['loss']}" if not finite else f"the gradient norm is {norm.item()}"
-            mine = range(first, step + 1) if finite else [] if loss.isfinite() else [step]
-            names = sum(gather([name for one in mine for name in names_of_batch(loader, one)]), [])
-            more = f" and {len(names) - 64} more" if len(names) > 64 else ""
-            where = f"{what} at epoch {epoch}, step {step} ({', '.join(names[:64])}{more})"
-            if progress.skipped + (not spoilt) > update.skip:
+        group = update.group(step, len(loader))
+        is_last = step == group[-1]
+        # Forward and backward; processes average their gradients with the last batch of an update.
+        with nullcontext() if is_last or model is own else model.no_sync():
+            scalars = backward(model, precision, batch, objective, update.scaler, len(group))
+        norm = gradient_norm(own, update) if is_last else torch.zeros_like(scalars["loss"])
+        # What all processes have to say of the batch. The scaler looks after gradients that overflow itself.
+        losses, total_norm, requests = read(scalars, norm, run.requests())
+        if math.isfinite(losses["loss"]) and (math.isfinite(total_norm) or update.scaler.is_enabled()):
+            progress.add({"lr": update.optimizer.param_groups[0]["lr"], **losses})
+        else:
+            so_far = range(group[0], step + 1)
+            where = describe_nonfinite(losses["loss"], scalars["loss"], norm, loader, so_far, epoch)
+            progress.skipped += not discard
+            if progress.skipped > update.skip:
                 raise MainError(f"{where}; weights were not updated")
             log.warning("%s: this update is left out", where)
-            progress.skipped, spoilt = progress.skipped + (not spoilt), True
-        else:
-            progress.batches += 1
-            for name, value in {"lr": update.optimizer.param_groups[0]["lr"], **losses}.items():
-                progress.sums[name] = progress.sums.get(name, 0.0) + value
-        if last:
-            step_optimizer(own, update, None if spoilt else norm)
+            discard = True
+        # The update
+        if is_last:
+            step_optimizer(own, update, None if discard else norm)
             update.scheduler.step_update(epoch * updates + step // update.accumulate + 1)
-            spoilt = False
+            discard = False
         progress.step = step + 1
-        on_step(step, len(images), losses | {name: getattr(own, name) for name in own.knobs})
-        if last:
-            on_update(values[len(shown) + 1 :])
-    return {name: total / progress.batches for name, total in progress.sums.items()}
+        run.on_step(step, len(batch[0]), losses | {name: getattr(own, name) for name in own.knobs})
+        if is_last:
+            run.on_update(requests)
+    return progress.means()
+
+
+def backward(
+    model: nn.Module,
+    precision: Precision,
+    batch: list[Tensor],
+    objective: Objective,
+    scaler: torch.amp.GradScaler,
+    accumulate: int,
+) -> dict[str, Tensor]:
+    """Add a batch's gradients, divided by `accumulate`, to those that are there.
+
+    Returns:
+        Scalars on the device: `loss`, each of its terms and the model's statistics.
+    """
+    own: Adaptive = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    images, *target = precision.place(batch)
+    images, target = objective.mixup(images, *target) if objective.mixup else (images, *target)
+    with precision.autocast():
+        outputs = model(images)
+        terms = own.loss(outputs, target, objective.criterion)
+        loss = torch.stack(list(terms.values())).sum()
+    scaler.scale(loss / accumulate).backward()
+    return {"loss": loss, **terms, **own.statistics(outputs)}
 
 
 def gradient_norm(model: nn.Module, update: Update) -> Tensor:
-    """Norm of the averaged gradients, the same in all processes."""
+    """Return the norm of the averaged gradients, the same in all processes."""
     update.scaler.unscale_(update.optimizer)
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     return nn.utils.get_total_norm(gradients)
 
 
+def read(
+    scalars: dict[str, Tensor], norm: Tensor, requests: list[float]
+) -> tuple[dict[str, float], float, list[float]]:
+    """Return means of the scalars over the processes, and sums of the norm and of each request.
+
+    They travel in one tensor. Only here a step waits for the GPU, which has its backward pass to run.
+    """
+    extra = [norm.new_full((), request) for request in requests]
+    values = torch.stack([value.detach().float() for value in (*scalars.values(), norm, *extra)])
+    values = sum_over_ranks(values).tolist()
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    means = {name: value / world_size for name, value in zip(scalars, values, strict=False)}
+    return means, values[len(scalars)], values[len(scalars) + 1 :]
+
+
+def describe_nonfinite(
+    loss: float, own_loss: Tensor, norm: Tensor, loader: DataLoader, batches: range, epoch: int
+) -> str:
+    """Return what is not finite, and the files that may be the reason; all processes have to call this.
+
+    `loss` is the mean over the processes and `own_loss` this process's, of the last one of these batches.
+    """
+    step = batches[-1]
+    if math.isfinite(loss):
+        what = f"the gradient norm is {norm.item()}"
+    else:
+        what, batches = f"the loss is {loss}", batches[:0] if own_loss.isfinite() else batches[-1:]
+    names = sum(gather([name for batch in batches for name in names_of_batch(loader, batch)]), [])
+    more = f" and {len(names) - 64} more" if len(names) > 64 else ""
+    return f"{what} at epoch {epoch}, step {step} ({', '.join(names[:64])}{more})"
+
+
 def step_optimizer(model: nn.Module, update: Update, norm: Tensor | None) -> None:
-    """Updates the weights and their average with gradients of this norm, None for those to throw away."""
+    """Update the weights and their average with gradients of this norm; None throws the gradients away."""
     if norm is not None:
         if update.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(model.parameters(), update.clip_grad, norm)
@@ -287,7 +372,7 @@ def predict(
     precision: Precision,
     on_batch: Callable[[Tensor, list[StageOutput]], None] = lambda images, outputs: None,
 ) -> Predictions:
-    """Runs all stages on a labelled data set, each image that can be read once over all processes.
+    """Run all stages on a labelled data set, each image that can be read once over all processes.
 
     Args:
         model: not wrapped.
@@ -325,19 +410,27 @@ def predict(
     return Predictions(first, best.bool(), best5.bool(), loss, cost if own_costs else None)
 
 
-def evaluate(model: nn.Module, loader, precision: Precision, prefix: str = "test_") -> dict[str, float]:
-    """Accuracy and loss of every exit, and the share of images that three thresholds let go early."""
-    model.set_epoch(math.inf)  # what is measured is what inference will do
+def evaluate(
+    model: Adaptive, loader: DataLoader, precision: Precision, prefix: str = "test_"
+) -> dict[str, float]:
+    """Evaluate a model, with its schedules at their end, as inference will run it.
+
+    Returns:
+        By name, after the prefix: accuracy in percent and loss of every exit, the model's statistics, mean
+        GFLOPs where they depend on the image, and the share of images that leave early at three thresholds.
+    """
+    model.set_epoch(math.inf)
     sums: dict[str, float] = {"images": 0.0}
 
-    def add_statistics(images: torch.Tensor, outputs: list[StageOutput]) -> None:
+    def add_statistics(images: Tensor, outputs: list[StageOutput]) -> None:
         sums["images"] += len(images)
         for name, value in model.statistics(outputs).items():
             sums[name] = sums.get(name, 0.0) + len(images) * value.item()
 
     predictions = predict(model, loader, precision, add_statistics)
     entry = {prefix + name: value for name, value in predictions.summary().items()}
-    parts = utils.gather(sums)
+    # A process without images has no statistics.
+    parts = gather(sums)
     images = sum(part["images"] for part in parts)
     for name in sorted(parts[0].keys() - {"images"}):
         entry[prefix + name] = sum(part.get(name, 0.0) for part in parts) / images

@@ -4,7 +4,6 @@ import argparse
 import logging
 import math
 import os
-import random
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -12,12 +11,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import numpy as np
 import torch
 import torch.distributed as dist
+from timm.utils import random_seed
 from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 log = logging.getLogger("adaptive-vit")
 
@@ -30,7 +30,7 @@ STOPPED = 75  # exit code of a run that a signal has stopped: start it again wit
 
 
 class Stopped(Exception):
-    """A run ends because of a signal, its checkpoint written: one line, exit code STOPPED.
+    """The end of a run that a signal has stopped, its checkpoint written: one line, exit code STOPPED.
 
     Attributes:
         signal: its number.
@@ -45,11 +45,11 @@ class Stopped(Exception):
 
 
 class Context(NamedTuple):
-    """Where this process runs."""
+    """Where this process runs: its device and its place among the processes of the run."""
 
     device: torch.device
     rank: int
-    world: int
+    world_size: int
     local_rank: int = 0
 
     @property
@@ -62,7 +62,7 @@ class Context(NamedTuple):
 
 
 def start(device: str | None, seed: int = 0) -> Context:
-    """Joins the process group that torchrun describes, if any, and seeds every generator with seed + rank.
+    """Join the process group that torchrun describes, if any, and seed every generator with seed + rank.
 
     Raises:
         ValueError: a CUDA device was asked for and there is none.
@@ -73,21 +73,17 @@ def start(device: str | None, seed: int = 0) -> Context:
     try:
         if torch.device(device).type not in ("cpu", "cuda", "mps", "xpu"):
             raise RuntimeError("take cpu or cuda")
-        found = init_distributed_device_so(device=device)
+        place = init_distributed_device_so(device=device)
     except RuntimeError as error:
         raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    context = Context(
-        torch.device(found["device"]), found["global_rank"], found["world_size"], found["local_rank"]
+    random_seed(seed, place["global_rank"])
+    return Context(
+        torch.device(place["device"]), place["global_rank"], place["world_size"], place["local_rank"]
     )
-    seed += context.rank
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
-    return context
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """Sum of a tensor over all processes."""
+    """Return the sum of a tensor over all processes."""
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
@@ -95,7 +91,7 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 @contextmanager
 def main_first(context: Context) -> Iterator[None]:
-    """Lets each machine's first process go through the body before the others, which find what it fetched."""
+    """Run the body in each machine's first process, then in its others, which find what the first fetched."""
     if dist.is_initialized() and not context.is_local_main:
         dist.barrier()
     try:
@@ -106,7 +102,7 @@ def main_first(context: Context) -> Iterator[None]:
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's value, by rank."""
+    """Return the values of all processes, by rank."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -115,7 +111,11 @@ def gather(value: Any) -> list[Any]:
 
 
 def by_main(context: Context, function: Callable[[], Any]) -> Any:
-    """What a function returns that only the main process calls; its error is raised in every process."""
+    """Call a function in the main process alone and return its result there, None in the others.
+
+    Raises:
+        ValueError, OSError, MainError: the function raised it; all processes then do.
+    """
     result = error = None
     if context.is_main:
         try:
@@ -130,19 +130,12 @@ def by_main(context: Context, function: Callable[[], Any]) -> Any:
 # Logging
 
 
-class AboveBar(logging.Handler):
-    """Prints lines on stderr without tearing a progress bar."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
 def start_logging(context: Context, file: Path | None = None) -> None:
-    """Main process: lines on stderr, and in `file`; the others are silent below warnings."""
+    """Log lines of the main process to stderr and `file`; the other processes log warnings only."""
     log.handlers.clear()
     log.propagate = False
     log.setLevel(logging.INFO if context.is_main else logging.WARNING)
-    handlers: list[logging.Handler] = [AboveBar()]
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
     if file and context.is_main:
         handlers.append(logging.FileHandler(file))
     for handler in handlers:
@@ -150,15 +143,22 @@ def start_logging(context: Context, file: Path | None = None) -> None:
         log.addHandler(handler)
 
 
-def progress(total: int, shown: bool = True, initial: int = 0) -> tqdm:
-    """A bar with rate and time left on a terminal; elsewhere it only counts, and log lines tell the same."""
+@contextmanager
+def progress(total: int, shown: bool = True, initial: int = 0) -> Iterator[tqdm]:
+    """Show a bar with rate and time left on a terminal, above which log lines appear.
+
+    Elsewhere the bar only counts: log lines have to tell the same.
+    """
     visible = shown and sys.stderr.isatty()
-    file = sys.stderr if visible else open(os.devnull, "w")  # noqa: SIM115  (open as long as the bar)
-    return tqdm(total=total, initial=initial, unit="img", file=file, dynamic_ncols=visible, smoothing=0.05)
+    with open(os.devnull, "w") as nowhere:
+        file = sys.stderr if visible else nowhere
+        options = dict(unit="img", file=file, dynamic_ncols=visible, smoothing=0.05)
+        with tqdm(total=total, initial=initial, **options) as bar, logging_redirect_tqdm([log]):
+            yield bar
 
 
 def rate_and_left(bar: tqdm) -> tuple[float, str]:
-    """Units per second of a bar, and the time it still needs as H:MM:SS."""
+    """Return a bar's units per second, and the time it still needs as H:MM:SS."""
     state = bar.format_dict
     rate = state["rate"] or state["n"] / max(state["elapsed"], 1e-9)
     return rate, tqdm.format_interval((state["total"] - state["n"]) / max(rate, 1e-9))
@@ -170,9 +170,12 @@ def rate_and_left(bar: tqdm) -> tuple[float, str]:
 def write_atomically(
     path: Path, write: Callable[[Path], None], before: Callable[[], None] = lambda: None
 ) -> None:
-    """Lets `write` fill a temporary file beside `path`, then renames it: readers see the old or the new.
+    """Write a file so that readers see the old content or the new, never a part of it.
 
-    `before` is called in between, when the temporary file is whole and on disk.
+    Args:
+        path: the file.
+        write: fills a temporary file beside it, which is then renamed.
+        before: called before it is renamed, when it is whole and on disk.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -187,7 +190,7 @@ def write_atomically(
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or a folder's entries, are on disk."""
+    """Wait until a file, or a folder's entries, are on disk."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -199,7 +202,7 @@ def sync(path: Path) -> None:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Runs a command; bad input becomes one line on stderr and exit code 2, a failure of its own code 1."""
+    """Run a command; bad input becomes one line on stderr and exit code 2, a failure of its own code 1."""
     name = Path(sys.argv[0]).name
     try:
         with loaders_closed():
@@ -231,10 +234,10 @@ def run_command(main: Callable[[], None]) -> None:
 
 @contextmanager
 def loaders_closed() -> Iterator[None]:
-    """Ends the loading processes of a loader that an error leaves behind.
+    """End the loading processes of a loader when an error leaves the body.
 
-    The error refers to the loader and to itself. So Python would end these processes only at its exit, by a
-    SIGTERM, which they ignore, and wait for them.
+    The error's traceback refers to the loader. Python would end its processes only at exit, by a SIGTERM,
+    which they ignore.
     """
     try:
         yield
@@ -253,26 +256,60 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser that raises ValueError for a wrong command line, and takes finite numbers only."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{"formatter_class": Defaults} | kwargs)
-
-    def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:
-        found = super().parse_args(*args, **kwargs)
-        for action in self._actions:
-            value = getattr(found, action.dest, None)
-            numbers = value if isinstance(value, (list, tuple)) else [value]
-            if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
-                self.error(f"{action.option_strings[0]} is {value}: take finite numbers")
-        return found
+        self.register("type", float, Number(float))
+        self.register("type", int, Number(int))
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; --help lists what there is\n")
+        raise ValueError(f"{message}; --help lists what there is")
+
+
+class Number(NamedTuple):
+    """A type of argparse: numbers from `low` to `high`, and finite.
+
+    Attributes:
+        kind: int or float.
+        low, high: the limits, both included.
+    """
+
+    kind: type[int] | type[float]
+    low: float = -math.inf
+    high: float = math.inf
+
+    def __call__(self, text: str) -> int | float:
+        """Return the number that a text spells.
+
+        Raises:
+            argparse.ArgumentTypeError: it spells none, or one beyond the limits.
+        """
+        with suppress(ValueError):
+            number = self.kind(text)
+            if self.low <= number <= self.high and abs(number) < math.inf:
+                return number
+        raise argparse.ArgumentTypeError(f"{text!r} is not {self}")
+
+    def __repr__(self) -> str:
+        what = "a whole number" if self.kind is int else "a finite number"
+        if self.low == -math.inf:
+            return what
+        return f"{what} from {self.low} " + ("up" if self.high == math.inf else f"to {self.high}")
+
+
+POSITIVE_INT = Number(int, 1)
+NON_NEGATIVE_INT = Number(int, 0)
+NON_NEGATIVE = Number(float, 0)
+SHARE = Number(float, 0, 1)
 
 
 def check_range(flag: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Raises ValueError where a flag's value is outside low .. high."""
+    """Check that a flag's value lies in low .. high.
+
+    Raises:
+        ValueError: it does not.
+    """
     if not low <= value <= high:
         limits = f"{low} to {high}" if high < float("inf") else f"at least {low}"
         raise ValueError(f"{flag} is {value}: take {limits}")

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import random
-import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from timm.models import clean_state_dict
 from torch import Tensor
 
 from checkpointing.schema import CHECKPOINT, RESULTS, check
@@ -39,28 +39,29 @@ class Results:
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any]) -> "Results":
-        """Reads the published keys; CF-ViT's files say `flop` where the others say `flops`.
+        """Read the published keys, of which `flops` is also spelt `flop`.
 
         Raises:
             ValueError: a value is of another form.
         """
-        found = {f.name: checkpoint.get(f.name) for f in dataclasses.fields(cls)}
-        found["flops"] = checkpoint.get("flops", checkpoint.get("flop"))
-        found = {key: as_lists(value) for key, value in found.items()}
-        check(found, RESULTS, "stored results")
-        return cls(**found)
+        values = {"flops": checkpoint.get("flop")} | checkpoint
+        values = {key: as_lists(values[key]) for key in RESULTS if values.get(key) is not None}
+        check(values, RESULTS, "stored results")
+        return cls(**values)
 
     def cheapest(self, share: float) -> int:
-        """Number of the first operating point with at least this share of the last exit's accuracy."""
-        wanted = share * self.anytime_classification[-1]
-        return next(i for i, found in enumerate(self.budgeted_batch_classification[1]) if found >= wanted)
+        """Return the number of the first operating point with this share of the last exit's accuracy."""
+        least = share * self.anytime_classification[-1]
+        accuracies = enumerate(self.budgeted_batch_classification[1])
+        return next(number for number, accuracy in accuracies if accuracy >= least)
 
     def known(self) -> dict[str, Any]:
+        """Return what was measured, by key."""
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
 
 def as_lists(value: Any) -> Any:
-    """Tensors and arrays as nested lists of numbers; anything else as it is."""
+    """Return tensors and arrays as nested lists of numbers, and anything else as it is."""
     if isinstance(value, (Tensor, np.ndarray)):
         return value.tolist()
     return [as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -69,9 +70,12 @@ def as_lists(value: Any) -> Any:
 def save_checkpoint(
     checkpoint: dict[str, Any], path: Path, before: Callable[[], None] = lambda: None
 ) -> None:
-    """Saves a checkpoint atomically; as .safetensors the weights and what JSON can hold beside them.
+    """Save a checkpoint atomically; as .safetensors the weights and what JSON can hold beside them.
 
-    `before`: see `write_atomically`.
+    Args:
+        checkpoint: weights under `model`, and anything else.
+        path: the file.
+        before: see `write_atomically`.
     """
 
     def write(temporary: Path) -> None:
@@ -89,31 +93,31 @@ def save_checkpoint(
 
 
 def save_json(value: Any, path: Path) -> None:
-    """Saves JSON atomically."""
+    """Save JSON atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
 
 
 def load_json(path: str | Path) -> dict[str, Any]:
-    """Reads a JSON object.
+    """Read a JSON object.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not a JSON object.
     """
     try:
-        found = json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a JSON file ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a JSON {type(found).__name__}, not an object of results")
-    return found
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object of results")
+    return value
 
 
 HEADER = "adaptive_vit"  # entry of a safetensors header: all of a checkpoint but its weights, as JSON
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:
-    """A state dict, or a whole checkpoint if `save_checkpoint` wrote the file."""
+    """Read a state dict, or a whole checkpoint if `save_checkpoint` wrote the file."""
     with safe_open(path, "pt") as file:
         header = (file.metadata() or {}).get(HEADER)
     weights = load_file(path)
@@ -121,7 +125,12 @@ def read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """A checkpoint file as it is; tensors on the CPU, no code run."""
+    """Read a checkpoint file as it is: tensors on the CPU, no code run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, or needs more than tensors and plain values.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
@@ -131,61 +140,56 @@ def read_file(path: Path) -> dict[str, Any]:
             with zipfile.ZipFile(path) as parts:
                 if (part := parts.testzip()) is not None:
                     raise ValueError(f"the checksum of {part} is wrong")
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # published files keep their arguments so
-            found = torch.load(path, map_location="cpu", weights_only=True)
+        # Published files keep their command line as a Namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a broken file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} is not a readable checkpoint ({reason[:150]})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}, not a checkpoint")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    return content
 
 
 def add_to_checkpoint(path: Path, values: dict[str, Any]) -> None:
-    """Puts keys into a checkpoint file and leaves the others as they are.
+    """Put keys into a checkpoint file and leave the others as they are.
 
     Raises:
         ValueError: the file has another layout than `model` plus other keys.
     """
-    found = read_file(path)
-    if not isinstance(found.get("model"), dict):
+    checkpoint = read_file(path)
+    if not isinstance(checkpoint.get("model"), dict):
         raise ValueError(f"{path} takes no results (it has no key `model`): name a JSON file with --results")
-    save_checkpoint(found | values, path)
+    save_checkpoint(checkpoint | values, path)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint or a safetensors file without running any code it may hold.
+    """Read a checkpoint or a safetensors file without running any code it may hold.
 
     Returns:
         A dict with at least `model`, a state dict. Other layouts (`state_dict`, `model_state_dict`, a bare
-        state dict) are turned into it.
+        state dict) are turned into it, and keys without a value are left out.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a checkpoint, or needs more than tensors and plain values.
     """
-    found = {key: value for key, value in read_file(Path(path)).items() if value is not None}
+    content = {key: value for key, value in read_file(Path(path)).items() if value is not None}
+    if content and all(isinstance(value, Tensor) for value in content.values()):
+        content = {"model": content}
+    if isinstance(content.get("state_dict_ema"), dict):
+        content.setdefault("model_ema", content["state_dict_ema"])
     for key in ("model", "state_dict", "model_state_dict"):
-        if isinstance(found.get(key), dict):
-            averaged = found.get("model_ema", found.get("state_dict_ema"))
-            extra = {"model_ema": clean_names(averaged)} if isinstance(averaged, dict) else {}
-            checkpoint = found | {"model": clean_names(found[key])} | extra
+        if isinstance(content.get(key), dict):
+            checkpoint = content | {"model": content[key]}
             check(checkpoint, CHECKPOINT, str(path))
-            return checkpoint
-    if found and all(isinstance(value, Tensor) for value in found.values()):
-        return {"model": clean_names(found)}
+            weights = checkpoint.keys() & {"model", "model_ema"}
+            return checkpoint | {name: clean_state_dict(checkpoint[name]) for name in weights}
     raise ValueError(f"{path} holds no weights under model, state_dict or model_state_dict")
 
 
-def clean_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the prefixes of DistributedDataParallel and torch.compile."""
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}
-
-
 def rng_state() -> dict[str, Any]:
-    """State of every generator of this process, in types that a safe load accepts."""
+    """Return the state of every generator of this process, in types that a safe load accepts."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     state = {"torch": torch.get_rng_state(), "python": random.getstate()}
     state["numpy"] = (name, keys.tolist(), position, has_gauss, gauss)
@@ -195,7 +199,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """Puts the generators back to a state of `rng_state`."""
+    """Put the generators back to a state of `rng_state`."""
     torch.set_rng_state(state["torch"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

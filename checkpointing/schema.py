@@ -1,160 +1,160 @@
-"""What a file may hold under which key: checkpoints come from anywhere, so they are looked at when read."""
+"""What a file may hold under which key: checkpoints come from anywhere, so they are checked when read."""
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, get_args, get_origin
 
 import torch
 from torch import Tensor
 
-Test = Callable[[Any], bool]
+from utils import Number
+
+RESULTS: dict[str, Any] = {
+    "flops": list[float],
+    "anytime_classification": list[float],
+    "budgeted_batch_classification": tuple[list[float], list[float]],
+    "dynamic_threshold": list[list[float]],
+}
+STD = Number(float, 1e-6)
+CHECKPOINT: dict[str, Any] = {
+    "model": dict[str, Tensor],
+    "model_ema": dict[str, Tensor],
+    "model_name": str,
+    "model_kwargs": dict[str, object],
+    "class_names": list[str],
+    "data_config": {
+        "mean": tuple[float, float, float],
+        "std": tuple[STD, STD, STD],
+        "crop_pct": Number(float, 0.01, 1),
+        "interpolation": str,
+    },
+    "epoch": Number(int, -1),  # -1 before the first is complete
+    "progress": {
+        "step": Number(int, 0),
+        "batches": Number(int, 0),
+        "sums": dict[str, int | float],
+        "skipped": Number(int, 0),
+        "images": Number(int, 1),
+    },
+    "best": float,
+    "args": dict | argparse.Namespace,
+}
 
 
-class Form(NamedTuple):
-    """A test of a value, and what passes it is called."""
+def fits(value: Any, kind: Any) -> bool:
+    """Return whether a value is of a type such as dict[str, list[float]].
 
-    fits: Test
-    what: str
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= -1
-
-
-def is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def list_of(test: Test, length: int | None = None) -> Test:
-    def fits(value: Any) -> bool:
-        return (
-            isinstance(value, (list, tuple))
-            and len(value) == (length or len(value))
-            and all(map(test, value))
+    Numbers are finite and no bool is one; a float may be whole. A list may be a tuple, it is not empty, and
+    the lists in a list have one length.
+    """
+    base, inner = get_origin(kind) or kind, get_args(kind)
+    if isinstance(kind, Number):
+        return fits(value, kind.kind) and kind.low <= value <= kind.high
+    if base in (int, float):
+        return isinstance(value, (int, base)) and not isinstance(value, bool) and abs(value) < math.inf
+    if base in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            return False
+        kinds = inner * len(value) if base is list else inner
+        lengths = {len(item) for item in value if isinstance(item, (list, tuple))}
+        return len(value) == len(kinds) > 0 and all(map(fits, value, kinds)) and len(lengths) <= 1
+    if base is dict:
+        return isinstance(value, dict) and all(
+            fits(key, inner[0]) and fits(item, inner[1]) for key, item in value.items()
         )
-
-    return fits
-
-
-def dict_of(test: Test) -> Test:
-    return lambda value: (
-        isinstance(value, dict) and all(map(is_text, value)) and all(map(test, value.values()))
-    )
+    return isinstance(value, kind)
 
 
-def is_config(value: Any) -> bool:
-    """How images become model input, see datasets.DATA_CONFIG."""
-    tests = {"mean": list_of(is_number, 3), "std": list_of(lambda v: is_number(v) and v > 0, 3)}
-    tests |= {"crop_pct": lambda v: is_number(v) and 0 < v <= 1, "interpolation": is_text}
-    return isinstance(value, dict) and all(name in tests and tests[name](value[name]) for name in value)
+def check(values: dict[str, Any], kinds: dict[str, Any], source: str) -> None:
+    """Check what is there of some keys; the kind of a nested dict is a dict of kinds.
 
-
-def is_table(value: Any) -> bool:
-    """Rows of numbers, all of one length."""
-    return list_of(list_of(is_number))(value) and len({len(row) for row in value}) == 1
-
-
-STATE = Form(dict_of(lambda value: isinstance(value, Tensor)), "a state dict of tensors")
-NUMBERS = Form(lambda value: list_of(is_number)(value) and len(value) > 0, "a list of numbers")
-RESULTS = {
-    "flops": NUMBERS,
-    "anytime_classification": NUMBERS,
-    "budgeted_batch_classification": Form(
-        lambda value: is_table(value) and len(value) == 2 and len(value[0]) > 0,
-        "two lists of as many numbers",
-    ),
-    "dynamic_threshold": Form(is_table, "rows of numbers of one length"),
-}
-CHECKPOINT = {
-    "model": STATE,
-    "model_ema": STATE,
-    "model_name": Form(is_text, "a name"),
-    "model_kwargs": Form(dict_of(lambda value: True), "arguments by name"),
-    "class_names": Form(list_of(is_text), "a list of names"),
-    "data_config": Form(is_config, "mean, std, crop_pct and interpolation"),
-    "epoch": Form(is_count, "a whole number from -1 up"),
-    "best": Form(is_number, "a number"),
-    "args": Form(lambda value: isinstance(value, (dict, argparse.Namespace)), "arguments by name"),
-}
-
-
-def check(values: dict[str, Any], forms: dict[str, Form], source: str) -> None:
-    """Raises ValueError for the first value, None apart, that has not the form of its key."""
-    for name, form in forms.items():
-        value = values.get(name)
-        if value is not None and not form.fits(value):
-            raise ValueError(f"{source}: {name} is {shown(value)}, not {form.what}")
+    Raises:
+        ValueError: a value is not of the kind of its key.
+    """
+    for name in [name for name in kinds if name in values]:
+        value, kind = values[name], kinds[name]
+        nested, kind = (kind, dict[str, object]) if isinstance(kind, dict) else ({}, kind)
+        if not fits(value, kind):
+            what = kind.__name__ if isinstance(kind, type) and not get_args(kind) else kind
+            raise ValueError(f"{source}: {name} is {shown(value)}, not {what}")
+        check(value, nested, f"{source}: {name}")
 
 
 def shown(value: Any) -> str:
+    """Return a value as one line, or its type where that would be long."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"a {type(value).__name__}"
 
 
-def test_of(action: argparse.Action) -> Test:
-    """What the values of a flag have in common."""
-    if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
-        return is_text if isinstance(action.const, str) else lambda value: isinstance(value, bool)
-    one: Test = is_text
-    if action.choices:
-        one = action.choices.__contains__
-    elif action.type in (int, float):
-        one = is_number
-    elif action.type not in (None, str):  # what a function makes of a text
-        return lambda value: is_text(value) or list_of(is_count)(value)
-    if isinstance(action.nargs, int):
-        return list_of(one, action.nargs)
-    return list_of(one) if action.nargs in ("*", "+") else one
+def check_arguments(parser: argparse.ArgumentParser, values: dict[str, Any], source: str) -> None:
+    """Check saved arguments: each, given to its flag, has to be what the parser makes of it.
+
+    Args:
+        parser: raises ValueError for what it does not take; every argument has a flag of its own name.
+        values: None stands for one that was not given.
+
+    Raises:
+        ValueError: the command line cannot have given a value.
+    """
+    for name, value in values.items():
+        flag = f"--{name.replace('_', '-')}"
+        ways = [[f"{flag}={value}"]]
+        if isinstance(value, bool):
+            ways = [[flag]] if value else [[], [f"--no-{flag[2:]}"]]
+        elif isinstance(value, (list, tuple)):
+            value = list(value)
+            if not any(str(item).startswith(("-h", "--")) for item in value):  # not another flag
+                ways.append([flag, *map(str, value)])
+        if value is not None and not any(reads(parser, way, name, value) for way in ways):
+            raise ValueError(f"{source}: its argument {name} is {shown(value)}, which no flag gives")
 
 
-def alike(value: Any, own: Any) -> bool:
-    """Whether a saved option of an optimizer is of its kind."""
-    if isinstance(own, (list, tuple)):
-        return list_of(is_number, len(own))(value)
-    if own is None or isinstance(own, bool):
-        return value is None or isinstance(value, bool)
-    return is_number(value) if is_number(own) else type(value) is type(own)
+def reads(parser: argparse.ArgumentParser, argv: list[str], name: str, value: Any) -> bool:
+    """Return whether a parser reads this value of an argument from a command line."""
+    try:
+        parsed = getattr(parser.parse_args(argv), name)
+    except ValueError:
+        return False
+    return (list(parsed) if isinstance(parsed, tuple) else parsed) == value
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Loads an optimizer's state; TypeError where it would only fail in its next step."""
-    own = [
-        {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
-    ]
+    """Load an optimizer's state.
+
+    Raises:
+        TypeError: an option or a tensor is of a kind that would only fail in the next step.
+    """
+    own = [group.copy() for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for group, before in zip(optimizer.param_groups, own, strict=True):
-        for name, value in before.items():
-            if name != "params" and not alike(group.get(name, "nothing"), value):
+        for name in before.keys() - {"params"}:
+            if not is_like(group.get(name, "nothing"), before[name]):
                 raise TypeError(f"its optimizer's {name} is {shown(group.get(name))}")
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.numel() != 1 and value.shape != parameter.shape:
                 raise TypeError(f"its optimizer's {name} has the shape {list(value.shape)}")
-            if not isinstance(value, Tensor) and not is_number(value):
+            if not isinstance(value, Tensor) and not fits(value, float):
                 raise TypeError(f"its optimizer's {name} is {shown(value)}")
 
 
+def is_like(value: Any, own: Any) -> bool:
+    """Return whether an optimizer's saved option may take the place of its own."""
+    if isinstance(own, (list, tuple)):
+        return fits(value, list[float]) and len(value) == len(own)
+    if own is None or isinstance(own, bool):
+        return value is None or isinstance(value, bool)
+    return fits(value, float) if fits(own, float) else type(value) is type(own)
+
+
 @contextmanager
-def damage_told(source: str) -> Iterator[None]:
-    """Turns what broken state of optimizers, generators and the like raises into a ValueError."""
+def damage_reported(source: str) -> Iterator[None]:
+    """Turn what broken state of optimizers, generators and the like raises into a ValueError."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"{source}: its training state is damaged ({type(error).__name__}: {error})"
         ) from error
-
-
-def check_arguments(parser: argparse.ArgumentParser, values: dict[str, Any], source: str) -> None:
-    """Raises ValueError where a saved argument is none that the command line could have given."""
-    for action in parser._actions:
-        value = values.get(action.dest)
-        whole = action.type is int and isinstance(value, float)
-        if value is not None and (whole or not test_of(action)(value)):
-            raise ValueError(f"{source}: its argument {action.dest} is {shown(value)}, which no flag gives")

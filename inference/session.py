@@ -51,7 +51,7 @@ class Session(NamedTuple):
         beside = args.results or args.output
         bad_list = Path(beside).with_name("bad_images.txt") if beside else None
         loader = EvalLoader(
-            Shard(dataset, context.rank, context.world, args.max_bad_images, bad_list),
+            Shard(dataset, context.rank, context.world_size, args.max_bad_images, bad_list),
             args.batch_size,
             num_workers=args.num_workers,
             pin_memory=context.device.type == "cuda",

@@ -1,7 +1,7 @@
 """Starts main_deit.py as a Slurm job with one process per GPU, and lets it go on after a time limit.
 
-    python scripts/submit_slurm.py --nodes 2 --ngpus 8 --partition gpu --model lf_deit_small --data-path DATA
-    python scripts/submit_slurm.py --executor local --nodes 1 --ngpus 2 --model lf_deit_nano --data-path DATA
+    python scripts/submit_slurm.py --nodes 2 --ngpus 8 --partition gpu --model NAME --data-path DATA
+    python scripts/submit_slurm.py --executor local --nodes 1 --ngpus 2 --model deit_nano --data-path DATA
 
 All flags but those below, and whatever follows a --, are main_deit.py's (-- --help lists them). Its output
 goes to the job's folder, unless --output_dir names another one. A job that reaches its time limit or is
@@ -18,6 +18,7 @@ import time
 from contextlib import nullcontext, redirect_stderr
 from io import StringIO
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 from _root import ROOT
@@ -27,21 +28,39 @@ try:
 except ImportError:  # only submitting needs it: --help and the tests of the flags do not
     submitit = None
 
-
 import main_deit
 import utils
+from checkpointing.folder import NEWEST
+from utils import POSITIVE_INT
 
 SIGNAL_DELAY = 120  # seconds between the signal and the time limit
 MAX_TIMEOUTS = 30
 
 
+class JobFlags(NamedTuple):
+    """This script's own flags."""
+
+    nodes: int
+    ngpus: int
+    timeout: int
+    job_dir: str
+    partition: str | None
+    constraint: str | None
+    comment: str | None
+    account: str | None
+    qos: str | None
+    mem_per_gpu: int
+    cpus_per_task: int
+    executor: str
+
+
 def checkpoint_of(argv: list[str]) -> Path:
-    """Where main_deit.py, called with these arguments, saves its checkpoint."""
-    return Path(main_deit.make_parser().parse_args(argv).output_dir) / "checkpoint.pth"
+    """Return where main_deit.py, called with these arguments, saves its checkpoint."""
+    return Path(main_deit.make_parser().parse_args(argv).output_dir) / NEWEST
 
 
 def last_written(file: Path) -> int | None:
-    """Time stamp of a file in nanoseconds, None where there is no such file."""
+    """Return the time stamp of a file in nanoseconds, None where there is no such file."""
     return file.stat().st_mtime_ns if file.is_file() else None
 
 
@@ -52,12 +71,12 @@ class Training:
     """
 
     def __init__(self, argv: list[str], folder: str):
-        """Takes main_deit.py's arguments and the job's folder, where %j stands for the job's number."""
+        """Take main_deit.py's arguments and the job's folder, where %j stands for the job's number."""
         self.argv, self.folder, self.requeued = argv, folder, False
         self.old = last_written(checkpoint_of(self.arguments("%j")))
 
     def arguments(self, job_id: str) -> list[str]:
-        """Arguments of a fresh run; an --output_dir of the user comes later and so wins."""
+        """Return the arguments of a fresh run; an --output_dir of the user comes later and so wins."""
         return ["--output_dir", self.folder.replace("%j", job_id), *self.argv]
 
     def __call__(self) -> None:
@@ -81,7 +100,7 @@ class Training:
             dist.destroy_process_group()
 
     def checkpoint(self) -> "submitit.helpers.DelayedSubmission":
-        """Called by submitit when time runs out; what it returns is what the job runs next."""
+        """Return what the job runs next; submitit calls this when time runs out."""
         self.requeued = True
         return submitit.helpers.DelayedSubmission(self)
 
@@ -92,9 +111,12 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--nodes", type=int, default=2, metavar="N", help="machines (2)")
-    add("--ngpus", type=int, default=8, metavar="N", help="GPUs, and so processes, on each of them (8)")
-    add("--timeout", type=int, default=2800, metavar="MIN", help="time limit in minutes (2800)")
+    add("--nodes", type=POSITIVE_INT, default=2, metavar="N", help="machines (2)")
+    gpus = "GPUs, and so processes, on each of them (8)"
+    add("--ngpus", type=POSITIVE_INT, default=8, metavar="N", help=gpus)
+    # Slurm would send its signal at once if there were not more time than it comes early.
+    least = utils.Number(int, SIGNAL_DELAY // 60 + 1)
+    add("--timeout", type=least, default=2800, metavar="MIN", help="time limit in minutes (2800)")
     add("--job_dir", default="output/slurm/%j", metavar="DIR", help="the job's folder (output/slurm/%%j)")
     add("--partition", metavar="NAME", help="default: the cluster's")
     add("--constraint", metavar="LIST", help="features that the machines must have")
@@ -102,8 +124,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--comment", metavar="TEXT", help="for the scheduler, some clusters ask for one")
     add("--account", metavar="NAME", help="whom the job is charged to; default: the cluster's")
     add("--qos", metavar="NAME", help="quality of service; default: the cluster's")
-    add("--mem-per-gpu", type=int, default=40, metavar="GB", help="main memory for each GPU (40)")
-    add("--cpus-per-task", type=int, default=10, metavar="N", help="CPU cores for each process (10)")
+    add("--mem-per-gpu", type=POSITIVE_INT, default=40, metavar="GB", help="main memory for each GPU (40)")
+    add("--cpus-per-task", type=POSITIVE_INT, default=10, metavar="N", help="CPU cores for each process (10)")
     add(
         "--executor",
         default="slurm",
@@ -113,26 +135,23 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Own flags, and main_deit.py's arguments in the order they were given.
+def parse(argv: list[str]) -> tuple[JobFlags, list[str]]:
+    """Return own flags, and main_deit.py's arguments in the order they were given.
 
     Raises:
-        ValueError: a number is out of range, or main_deit.py would refuse its main_deit.
+        ValueError: a flag has no good value, or main_deit.py would refuse its arguments.
     """
     end = argv.index("--") if "--" in argv else len(argv)
     args, rest = make_parser().parse_known_args(argv[:end])
     rest += argv[end + 1 :]
-    # Slurm would send its signal at once if there were not more time than it comes early.
-    for name, least in dict(nodes=1, ngpus=1, timeout=3, mem_per_gpu=1, cpus_per_task=1).items():
-        utils.check_range(f"--{name.replace('_', '-')}", getattr(args, name), least)
     theirs = main_deit.make_parser().parse_args(rest)
     if theirs.resume is None:  # otherwise it reads the file, which another job may still have to write
         main_deit.parse(rest)
-    return args, rest
+    return JobFlags(**vars(args)), rest
 
 
 def visible_gpus() -> list[int] | tuple[()]:
-    """Numbers of the GPUs that CUDA_VISIBLE_DEVICES leaves; () stands for all, as in submitit.
+    """Return the numbers of the GPUs that CUDA_VISIBLE_DEVICES leaves; () stands for all, as in submitit.
 
     Raises:
         ValueError: it has names instead of numbers.
@@ -144,65 +163,57 @@ def visible_gpus() -> list[int] | tuple[()]:
         raise ValueError(f"CUDA_VISIBLE_DEVICES is {text}: local jobs need numbers there") from error
 
 
-def make_executor(args: argparse.Namespace, name: str) -> "submitit.Executor":
-    """What starts the tasks.
-
-    Args:
-        args: own flags.
-        name: of the job, in the queue.
+def make_executor(flags: JobFlags, name: str) -> "submitit.Executor":
+    """Return what starts the tasks of a job of this name.
 
     Raises:
         ValueError: this machine has no Slurm, or cannot give what was asked for.
     """
-    if args.executor == "debug":
-        return submitit.DebugExecutor(args.job_dir)
+    if flags.executor == "debug":
+        return submitit.DebugExecutor(flags.job_dir)
     # A task imports Training from this file, wherever it was submitted from.
     path = os.pathsep.join(filter(None, [str(ROOT / "scripts"), os.environ.get("PYTHONPATH")]))
     python = shlex.join(["env", f"PYTHONPATH={path}", sys.executable])
-    if args.executor == "local":
-        executor = submitit.LocalExecutor(args.job_dir, max_num_timeout=MAX_TIMEOUTS, python=python)
+    if flags.executor == "local":
+        executor = submitit.LocalExecutor(flags.job_dir, max_num_timeout=MAX_TIMEOUTS, python=python)
         executor.folder.mkdir(parents=True, exist_ok=True)  # submitit makes its last part only
         executor.update_parameters(
-            nodes=args.nodes,
-            tasks_per_node=args.ngpus,
-            gpus_per_node=args.ngpus,
+            nodes=flags.nodes,
+            tasks_per_node=flags.ngpus,
+            gpus_per_node=flags.ngpus,
             visible_gpus=visible_gpus(),
-            timeout_min=args.timeout,
+            timeout_min=flags.timeout,
             signal_delay_s=SIGNAL_DELAY,
             stderr_to_stdout=True,
         )
         return executor
     if not (shutil.which("sbatch") and shutil.which("srun")):
         raise ValueError("there is no Slurm here (no sbatch, srun): try --executor local --nodes 1")
-    executor = submitit.SlurmExecutor(args.job_dir, max_num_timeout=MAX_TIMEOUTS, python=python)
+    executor = submitit.SlurmExecutor(flags.job_dir, max_num_timeout=MAX_TIMEOUTS, python=python)
     executor.update_parameters(
         job_name=name,
-        time=args.timeout,
-        nodes=args.nodes,
-        ntasks_per_node=args.ngpus,
-        gpus_per_node=args.ngpus,
-        cpus_per_task=args.cpus_per_task,
-        mem=f"{args.mem_per_gpu * args.ngpus}GB",
-        partition=args.partition,
-        constraint=args.constraint,
-        comment=args.comment,
-        account=args.account,
-        qos=args.qos,
+        time=flags.timeout,
+        nodes=flags.nodes,
+        ntasks_per_node=flags.ngpus,
+        gpus_per_node=flags.ngpus,
+        cpus_per_task=flags.cpus_per_task,
+        mem=f"{flags.mem_per_gpu * flags.ngpus}GB",
+        partition=flags.partition,
+        constraint=flags.constraint,
+        comment=flags.comment,
+        account=flags.account,
+        qos=flags.qos,
         signal_delay_s=SIGNAL_DELAY,
         stderr_to_stdout=True,
         additional_parameters={"requeue": True},  # where the cluster's default is not to
         # From Slurm 22.05 on srun does not take the cores over from sbatch. A failed task ends the others.
-        srun_args=[f"--cpus-per-task={args.cpus_per_task}", "--kill-on-bad-exit=1"],
+        srun_args=[f"--cpus-per-task={flags.cpus_per_task}", "--kill-on-bad-exit=1"],
     )
     return executor
 
 
-def submit(args: argparse.Namespace, argv: list[str]) -> "submitit.Job":
-    """Submits a run of main_deit.py.
-
-    Args:
-        args: own flags.
-        argv: main_deit.py's main_deit.
+def submit(flags: JobFlags, argv: list[str]) -> "submitit.Job":
+    """Submit a run of main_deit.py with these arguments.
 
     Raises:
         ValueError: submitit is not installed, or as `make_executor`.
@@ -210,7 +221,7 @@ def submit(args: argparse.Namespace, argv: list[str]) -> "submitit.Job":
     """
     if submitit is None:
         raise ValueError("the package submitit is missing: pip install submitit")
-    executor = make_executor(args, main_deit.make_parser().parse_args(argv).model or "main_deit")
+    executor = make_executor(flags, main_deit.make_parser().parse_args(argv).model or "main_deit")
     # From within a job, sbatch would take that job's numbers of tasks and GPUs over.
     environment = submitit.helpers.clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext()
     try:
@@ -221,10 +232,10 @@ def submit(args: argparse.Namespace, argv: list[str]) -> "submitit.Job":
 
 
 def main() -> None:
-    args, argv = parse(sys.argv[1:])
-    job = submit(args, argv)
+    flags, argv = parse(sys.argv[1:])
+    job = submit(flags, argv)
     print(f"job {job.job_id}, folder {job.paths.folder}, log {job.paths.stdout.name}")
-    if args.executor == "debug":
+    if flags.executor == "debug":
         job.results()
 
 

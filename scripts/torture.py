@@ -1,6 +1,6 @@
-"""Trains a tiny model once in peace and once with kills at random moments, and compares what they leave.
+"""Trains a tiny model once in peace, then with kills at random moments, and compares what is left.
 
-    python scripts/torture.py --kills 100
+    python scripts/torture.py --kills 100 --model NAME
 
 Half of the kills are SIGKILL and half SIGTERM. After each the run goes on with --resume auto; where it ends
 first, the next one starts. Log, weights, average, optimizer and random generators must agree in every bit.
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ from PIL import Image
 
 import utils
 from checkpointing.format import load_checkpoint
+from utils import NON_NEGATIVE, NON_NEGATIVE_INT, POSITIVE_INT
 
 # Everything random is on; checkpoints come at other steps than updates and epochs.
 TRAIN = (
-    "--model lf_deit_nano --model-kwargs depth=2 --epochs 4 --batch-size 8 --accumulate 2 --device cpu"
+    "--model-kwargs depth=2 --epochs 4 --batch-size 8 --accumulate 2 --device cpu"
     " --drop-path 0.3 --lr 1e-3 --unscale-lr --model-ema-decay 0.9 --picture-freq 0 --checkpoint-every 3"
 )
 
@@ -36,15 +38,16 @@ TRAIN = (
 def make_parser() -> argparse.ArgumentParser:
     parser = utils.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--kills", type=int, default=20)
-    add("--workers", type=int, default=1, help="loading processes")
-    add("--patience", type=float, default=4, help="most seconds of training between kills")
+    add("--model", default="deit_nano", metavar="NAME", help="what to train")
+    add("--kills", type=POSITIVE_INT, default=20)
+    add("--workers", type=NON_NEGATIVE_INT, default=1, help="loading processes")
+    add("--patience", type=NON_NEGATIVE, default=4, help="most seconds of training between kills")
     add("--seed", type=int, default=0, help="of the moments")
     return parser
 
 
 def make_pictures(root: Path) -> None:
-    """A data folder of noise: 3 classes, 96 training and 24 validation images."""
+    """Make a data folder of noise: 3 classes, 96 training and 24 validation images."""
     generator = np.random.default_rng(0)
     for split, count in (("train", 32), ("val", 8)):
         for label in ("ash", "birch", "cedar"):
@@ -54,8 +57,9 @@ def make_pictures(root: Path) -> None:
                 Image.fromarray(pixels).save(root / split / label / f"{number}.png")
 
 
-def start(args: argparse.Namespace, data: Path, output: Path) -> subprocess.Popen:
-    words = ["main_deit.py", *TRAIN.split(), "--num_workers", args.workers, "--resume", "auto"]
+def start(model: str, workers: int, data: Path, output: Path) -> subprocess.Popen:
+    """Start or resume a run."""
+    words = ["main_deit.py", "--model", model, *TRAIN.split(), "--num_workers", workers, "--resume", "auto"]
     words += ["--data-path", data, "--output_dir", output]
     output.mkdir(exist_ok=True)
     with open(output / "stderr.txt", "w") as file:
@@ -69,7 +73,7 @@ def start(args: argparse.Namespace, data: Path, output: Path) -> subprocess.Pope
 
 
 def hit(run: subprocess.Popen, output: Path, patience: float) -> str:
-    """Kills a run some time after its training has begun, rarely before; says how it ended."""
+    """Kill a run some time after its training has begun, rarely before; return how it ended."""
     begun = random.random() < 0.9
     while begun and run.poll() is None and "training and" not in (output / "stderr.txt").read_text():
         time.sleep(0.05)
@@ -92,7 +96,7 @@ def hit(run: subprocess.Popen, output: Path, patience: float) -> str:
 
 
 def same(first: Any, second: Any) -> bool:
-    """Equality to the last bit of tensors in dicts and lists."""
+    """Return whether tensors in dicts and lists are the same to the last bit."""
     if isinstance(first, torch.Tensor):
         return torch.equal(first, second)
     if isinstance(first, dict):
@@ -103,40 +107,42 @@ def same(first: Any, second: Any) -> bool:
 
 
 def differences(first: Path, second: Path) -> list[str]:
-    """What is not the same in two output folders."""
-    found = ["log.txt"] if (first / "log.txt").read_text() != (second / "log.txt").read_text() else []
+    """Return what is not the same in two output folders."""
+    names = ["log.txt"] if (first / "log.txt").read_text() != (second / "log.txt").read_text() else []
     for name in ("checkpoint.pth", "model_best.pth"):
         one, two = load_checkpoint(first / name), load_checkpoint(second / name)
         keys = (one.keys() | two.keys()) - {"args"}  # of these, the path to resume differs
-        found += [f"{name}: {key}" for key in sorted(keys) if not same(one.get(key), two.get(key))]
-    return found + [path.name for path in second.glob(".*.tmp")]
+        names += [f"{name}: {key}" for key in sorted(keys) if not same(one.get(key), two.get(key))]
+    return names + [path.name for path in second.glob(".*.tmp")]
 
 
 def main() -> None:
     args = make_parser().parse_args()
-    utils.check_range("--kills", args.kills, 1)
     random.seed(args.seed)
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
         root, kills, runs, ended = Path(name), 0, 0, ""
         make_pictures(root / "data")
-        if start(args, root / "data", root / "whole").wait():
+        resume = partial(start, args.model, args.workers, root / "data")
+        # In peace
+        if resume(root / "whole").wait():
             raise utils.MainError((root / "whole" / "stderr.txt").read_text())
+        # Killed and resumed, until enough kills are done and the last run has ended
         while kills < args.kills or ended != "finished":
             output = root / f"run{runs}"
             patience = args.patience if kills < args.kills else float("inf")
-            ended = hit(start(args, root / "data", output), output, patience)
+            ended = hit(resume(output), output, patience)
             counts[ended] += 1
             if ended.startswith("exit code"):
                 raise utils.MainError(f"{ended}: {(output / 'stderr.txt').read_text()}")
             kills += ended != "finished"
             if ended == "finished":
-                if found := differences(root / "whole", output):
-                    raise utils.MainError(f"run {runs} differs in {', '.join(found)}")
+                if names := differences(root / "whole", output):
+                    raise utils.MainError(f"run {runs} differs in {', '.join(names)}")
                 runs += 1
             print(f"{kills} kills, {runs} runs finished and the same", end="\r", file=sys.stderr)
-    told = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-    print(f"{kills} kills ({told}): {runs} runs end bit for bit like the uninterrupted one")
+    ends = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    print(f"{kills} kills ({ends}): {runs} runs end bit for bit like the uninterrupted one")
 
 
 if __name__ == "__main__":

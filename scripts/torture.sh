@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/env.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-python scripts/torture.py --kills "${1:-50}"
+python scripts/torture.py --model lf_deit_nano --kills "${1:-50}"
 report=$(mktemp)
 FUZZ_CASES="${2:-200}" FUZZ_REPORT="$report" python -m pytest -q tests/test_fuzz.py
 cat "$report"

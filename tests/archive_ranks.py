@@ -25,10 +25,10 @@ def main() -> None:
             with utils.main_first(context):
                 data = datasets.build_dataset(datasets.DataSource(**source), split, grey)
             if split == "train":
-                share = dict(rank=context.rank, world_size=context.world)
+                share = dict(rank=context.rank, world_size=context.world_size)
                 loader = loaders.train_loader(data, 3, num_workers=2, **share)
             else:
-                shard = loaders.Shard(data, context.rank, context.world)
+                shard = loaders.Shard(data, context.rank, context.world_size)
                 loader = loaders.EvalLoader(shard, 3, num_workers=2)
             for epoch in range(2):
                 if split == "train":

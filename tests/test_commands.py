@@ -14,12 +14,14 @@ import pytest
 import torch
 from cases import Command, Ended, run
 from PIL import Image
+from timm.optim import create_optimizer_v2
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 import datasets
 import main_deit
 from checkpointing.format import add_to_checkpoint, load_checkpoint, load_json, save_checkpoint
+from checkpointing.run import RunLog
 from models import recipe_of
 from models.cost import exit_gflops
 from models.weights import create_model, model_from_checkpoint
@@ -152,9 +154,8 @@ def test_learning_rate_and_decay_of_the_weights() -> None:
     """The rate grows with the images of an update; biases, norms, class token and positions do not decay."""
     args = main_deit.parse([*TRAIN, "--data-path", "unused", "--accumulate", "2"])[0]
     model = create_model("lf_deit_nano", {})
-    update = main_deit.make_update(args, model, 4 * 32, 10, torch.amp.GradScaler("cpu", enabled=False))
-    groups = update.optimizer.param_groups
-    assert {group["initial_lr"] for group in groups} == {5e-4 * 32 * 2 * 4 / 512}
+    groups = create_optimizer_v2(model, **main_deit.optimizer_options(args, 4 * 32)).param_groups
+    assert {group["lr"] for group in groups} == {5e-4 * 32 * 2 * 4 / 512}
     decayed = {id(weight) for group in groups if group["weight_decay"] for weight in group["params"]}
     free = {name for name, weight in model.named_parameters() if id(weight) not in decayed}
     flat = {name for name, weight in model.named_parameters() if weight.ndim == 1}
@@ -284,15 +285,15 @@ def test_training_goes_on_for_another_epoch(
 def test_interrupted_run_ends_like_an_uninterrupted_one(
     command: Command, folder: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(run: main_deit.Run, *_: object) -> None:
-        if run.epoch:
+    def stop(log: RunLog, epoch: int, *rest: object) -> None:
+        if epoch:
             raise KeyboardInterrupt
-        write(run, *_)
+        add_epoch(log, epoch, *rest)
 
-    write = main_deit.Run.write
+    add_epoch = RunLog.add_epoch
     arguments = [*TRAIN, "--data-path", folder, "--output_dir", tmp_path / "run"]
     with monkeypatch.context() as patch:
-        patch.setattr(main_deit.Run, "write", stop)
+        patch.setattr(RunLog, "add_epoch", stop)
         assert command("main_deit", *arguments).code == 130
     path = tmp_path / "run" / "checkpoint.pth"
     assert load_checkpoint(path)["epoch"] == 0
@@ -702,7 +703,7 @@ ERRORS = {
         (f"{NANO} --data-path {{folder}} --model-kwargs num_heads=0", "num_heads is 0"),
         (f"{NANO} --data-path {{folder}} --sched none", "--sched"),
         (f"{NANO} --data-path {{folder}} --aa foo", "foo"),
-        (f"{NANO} --data-path {{folder}} --hflip 3", "--hflip is 3"),
+        (f"{NANO} --data-path {{folder}} --hflip 3", "--hflip: '3' is not a finite number from 0 to 1"),
         (f"{NANO} --data-path {{folder}} --opt-betas 0.9", "--opt-betas"),
         (f"{NANO} --data-path {{folder}} --drop-path 1", "drop_path_rate is 1"),
         (f"{NANO} --data-path {{folder}} --device foo", "--device foo"),
@@ -727,7 +728,7 @@ ERRORS = {
         ("--data_url {bad}/broken_val --checkpoint_path {sharp} --num_workers 2", "coral/05.png"),
         ("--data_url {bad}/other_classes --checkpoint_path {sharp}", "apricot"),
         (f"{INFER} --location-stage-size 9", "pos_embed_list"),
-        (f"{INFER} --budget nan", "--budget is nan"),
+        (f"{INFER} --budget nan", "--budget: 'nan' is not a finite number"),
         (f"{INFER} --eval-mode 9", "--eval-mode"),
         (f"{INFER} --images {{folder}} --output nowhere/table.csv", "nowhere/table.csv"),
         (f"{INFER} --region-size 9", "region_size is 9"),
@@ -797,7 +798,7 @@ def test_bad_input_is_one_line_and_overwrites_nothing(
         output.mkdir(exist_ok=True)
         (output / file).write_text("mine")
     places = {"folder": folder, "sharp": sharp, "bad": bad}
-    argv = [*DEFAULTS[name].split(), *main_deit.format(**places).split()]
+    argv = [*DEFAULTS[name].split(), *arguments.format(**places).split()]
     if name != "dynamic_inference":
         argv += ["--output_dir", str(output)]
     before, kept = sharp.read_bytes(), contents(output)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from cases import VECTORS, load_case, published_shapes
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -493,11 +494,12 @@ def test_recipe_gives_the_published_learning_rates(run: int) -> None:
     published = json.loads((VECTORS / "dvt_lr_schedule.json").read_text())["runs"][run]
     args, _ = main_deit.parse(["--model", published["model"], "--data-path", "here"])
     assert args.epochs + args.cooldown_epochs == len(published["values"])
-    update = main_deit.make_update(args, nn.Linear(1, 1), 256, 10, None)
+    optimizer = create_optimizer_v2(nn.Linear(1, 1), **main_deit.optimizer_options(args, 256))
+    scheduler, _ = create_scheduler_v2(optimizer, **main_deit.schedule_options(args, 10))
     rates = []
     for epoch in range(len(published["values"])):
-        update.scheduler.step(epoch)
-        rates.append(update.optimizer.param_groups[0]["lr"])
+        scheduler.step(epoch)
+        rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx(published["values"], rel=1e-6)
 
 

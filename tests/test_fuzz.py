@@ -102,8 +102,9 @@ def values_of(action: argparse.Action) -> st.SearchStrategy[list[str]]:
     """Values for one flag, fitting ones and others."""
     if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
         return st.just([])
-    pool = NUMBERS if action.type in (int, float) else TEXTS + NUMBERS
-    if action.type is int:
+    kind = action.type.kind if isinstance(action.type, utils.Number) else action.type
+    pool = NUMBERS if kind in (int, float) else TEXTS + NUMBERS
+    if kind is int:
         pool = pool + ["-1", "0", "1", "2", "5"] * 3
     if isinstance(action.default, int | float | str):  # else next to nothing would get past the first check
         pool = pool + [str(action.default)] * 8

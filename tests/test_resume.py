@@ -26,9 +26,11 @@ from torch.utils.data import Dataset
 import datasets
 import main_deit
 import utils
-from checkpointing import folder as checkpoints
+from checkpointing.folder import checkpoint_numbers, checkpoint_path, load_newest, save_in_turn
 from checkpointing.format import load_checkpoint
-from checkpointing.run import Run
+from checkpointing.run import Run, RunLog
+from checkpointing.schema import check_arguments
+from engine import Objective
 from loading import loaders
 from loading.sampler import names_of_batch
 
@@ -291,9 +293,9 @@ def test_a_signal_waits_for_the_update(train: Train, at_step: Callable, tmp_path
 def test_a_signal_during_evaluation_stops_after_it(
     whole: Callable, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = Run.write
+    add_epoch = RunLog.add_epoch
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "write", lambda *_: (os.kill(os.getpid(), signal.SIGTERM), write(*_)))
+        patch.setattr(RunLog, "add_epoch", lambda *_: (os.kill(os.getpid(), signal.SIGTERM), add_epoch(*_)))
         assert "at epoch 1, step 0;" in train("run").err
     assert train("run", "--resume", "auto").code == 0
     check_same(whole(), tmp_path / "run")
@@ -349,10 +351,10 @@ def test_full_disk_leaves_the_last_checkpoint(train: Train, at_step: Callable, t
 def test_as_many_checkpoints_as_wanted_stay(tmp_path: Path) -> None:
     state = {"model": {"weight": torch.zeros(3)}}
     for number in range(5):
-        checkpoints.save(state | {"number": number}, tmp_path / "checkpoint.pth", keep=3)
-        kept = [load_checkpoint(checkpoints.older(tmp_path, n))["number"] for n in range(min(3, number + 1))]
+        save_in_turn(state | {"number": number}, tmp_path / "checkpoint.pth", keep=3)
+        kept = [load_checkpoint(checkpoint_path(tmp_path, n))["number"] for n in range(min(3, number + 1))]
         assert kept == list(range(number, -1, -1))[:3] and len(names_in(tmp_path)) == len(kept)
-    checkpoints.save(state | {"number": 9}, tmp_path / "checkpoint.pth", keep=1)  # the first of a new run
+    save_in_turn(state | {"number": 9}, tmp_path / "checkpoint.pth", keep=1)  # the first of a new run
     assert names_in(tmp_path) == {"checkpoint.pth"}
 
 
@@ -370,21 +372,21 @@ def test_killed_while_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return count
 
     for number in range(3):
-        checkpoints.save(state | {"number": number}, path, keep=3)
+        save_in_turn(state | {"number": number}, path, keep=3)
     newest, saved, calls, code = 2, 2, [], 9
     while code and newest < 40:  # further in each round, until all calls are done
         newest, call = newest + 1, newest - 1
         if not (child := os.fork()):
             for name in ("fsync", "replace", "link"):
                 monkeypatch.setattr(os, name, die_at(call, getattr(os, name)))
-            checkpoints.save(state | {"number": newest}, path, keep=3)
+            save_in_turn(state | {"number": newest}, path, keep=3)
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        found = checkpoints.find_newest(tmp_path)[1]["number"]
-        assert found == newest or (code and found == saved), call
-        saved = found
-    assert found == newest and call > 5
-    assert checkpoints.numbers(tmp_path) == [0, 1, 2]
+        left = load_newest(tmp_path)[1]["number"]
+        assert left == newest or (code and left == saved), call
+        saved = left
+    assert left == newest and call > 5
+    assert checkpoint_numbers(tmp_path) == [0, 1, 2]
 
 
 # Losses that are not finite
@@ -414,7 +416,7 @@ def test_a_loss_that_is_not_finite(
         return original(model, loader, *rest)
 
     monkeypatch.setattr(main_deit, "train_one_epoch", look)
-    monkeypatch.setattr(main_deit, "make_criterion", lambda *_: (Spoiled({4, 6}), None))
+    monkeypatch.setattr(main_deit, "make_objective", lambda *_: Objective(Spoiled({4, 6})))
     ended = train("run", "--epochs", 1, "--mixup", 0, "--cutmix", 0, "--skip-nonfinite", skip)
     files = ", ".join(batches[(4, 6, 6)[skip]])
     assert f"the loss is nan at epoch 0, step {(4, 6, 6)[skip]} ({files})" in ended.err
@@ -440,7 +442,8 @@ def test_a_gradient_that_is_not_finite(train: Train, monkeypatch: pytest.MonkeyP
             return gradient * torch.inf
 
     criterion = Spoiled(set())
-    monkeypatch.setattr(main_deit, "make_criterion", lambda *_: (lambda *a: Steep.apply(criterion(*a)), None))
+    objective = Objective(lambda *batch: Steep.apply(criterion(*batch)))
+    monkeypatch.setattr(main_deit, "make_objective", lambda *_: objective)
     ended = train("run", "--mixup", 0, "--cutmix", 0)
     assert ended.code == 1 and re.search(
         r"the gradient norm is (nan|inf) at epoch 0, step 0", one_line(ended)
@@ -450,13 +453,13 @@ def test_a_gradient_that_is_not_finite(train: Train, monkeypatch: pytest.MonkeyP
 # Two runs, one folder
 
 HOLDER = """
-import sys, time; from pathlib import Path; import os
-from checkpointing import folder as checkpoints
-from checkpointing.format import load_checkpoint
-lock = checkpoints.open_folder(Path({folder!r}))
-if os.fork():
-    print("locked", flush=True)
-time.sleep(600)
+import os, time
+from pathlib import Path
+from checkpointing.folder import locked
+with locked(Path({folder!r})):
+    if os.fork():
+        print("locked", flush=True)
+    time.sleep(600)
 """
 
 
@@ -464,9 +467,9 @@ time.sleep(600)
 def test_one_run_per_folder(train: Train, tmp_path: Path) -> None:
     """The lock goes with its process, even where children of it live on."""
     output = tmp_path / "run"
-    code = HOLDER.format(root=str(ROOT), folder=str(output))
+    code = HOLDER.format(folder=str(output))
     holder = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
         assert holder.stdout.readline() == "locked\n"
@@ -501,14 +504,39 @@ def test_a_new_run_in_an_old_folder_keeps_nothing_of_it(
         ("--resume auto", "--output_dir"),
         ("--checkpoint-every 0", "'0' is neither batches, as 500, nor minutes, as 10m"),
         ("--checkpoint-every 5h", "'5h' is neither"),
-        ("--keep-last 0", "--keep-last is 0"),
-        ("--skip-nonfinite -1", "--skip-nonfinite is -1"),
+        ("--keep-last 0", "--keep-last: '0' is not a whole number from 1 up"),
+        ("--skip-nonfinite -1", "--skip-nonfinite: '-1' is not a whole number from 0 up"),
         ("--eval --resume auto --output_dir nowhere", "--eval needs the checkpoint"),
     ],
 )
 def test_bad_flags(argv: str, text: str, command: Command, folder: Path) -> None:
     ended = command("main_deit", *TRAIN, "--data-path", folder, *argv.split())
     assert ended.code == 2 and text in one_line(ended)
+
+
+def test_saved_arguments_are_those_that_a_command_line_gives() -> None:
+    """Each saved value is what its flag makes of it, or the file is refused."""
+    parser = main_deit.make_parser()
+    line = "--model-kwargs a=1 b=x --mean 0.1 0.2 0.3 --no-pin-mem --token-label --amp --drop-loc 1,3"
+    saved = vars(parser.parse_args(line.split()))
+    saved = {name: value for name, value in saved.items() if name not in main_deit.OF_ONE_RUN}
+    check_arguments(parser, saved, "file.pth")
+    check_arguments(parser, saved | {"scale": [0.08, 1.0]}, "file.pth")  # JSON has no tuples
+    wrong: dict[str, list[Any]] = {
+        "lr": ["text", True, float("nan"), -1.0, [0.1], torch.zeros(3)],
+        "epochs": [3.5, 0, True],
+        "opt_betas": [[0.9], [0.9, "x"], 0.9],
+        "mean": [[0.1, 0.2], torch.zeros(3)],
+        "model_kwargs": [["--help"], ["-h"], [1], {"a": 1}],
+        "aa": [3, [], {"a": 1}, torch.zeros(3, 3)],
+        "amp": ["nope", True],
+        "pin_mem": [0, "no"],
+        "checkpoint_every": ["5h", 5],
+    }
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"file.pth: its argument {name} is .*, which no flag gives"):
+                check_arguments(parser, saved | {name: value}, "file.pth")
 
 
 def test_deterministic_mode(train: Train) -> None:

@@ -40,7 +40,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with stand-ins for Slurm: sbatch keeps its environment, scontrol its main_deit."""
+    """A folder with stand-ins for Slurm: sbatch keeps its environment, scontrol its arguments."""
     folder = tmp_path / "bin"
     folder.mkdir()
     bodies = {
@@ -213,9 +213,8 @@ def test_abbreviations_are_main_deits() -> None:
 
 
 def test_what_follows_two_dashes_is_main_deits(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(ValueError, match="unrecognized arguments: --ngpus 2;"):
         submit_slurm.parse(["--nodes", "1", "--", *DATA, "--ngpus", "2"])
-    assert "unrecognized arguments: --ngpus;" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="0"):
         submit_slurm.parse(["--", "--help"])
     assert "--batch-size" in capsys.readouterr().out
@@ -318,15 +317,15 @@ def test_a_job_resumes_only_what_it_saved(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--nodes 0", "--nodes is 0: take at least 1"),
-        ("--ngpus 0", "--ngpus is 0: take at least 1"),
-        ("--timeout 2", "--timeout is 2: take at least 3"),
-        ("--mem-per-gpu 0", "--mem-per-gpu is 0: take at least 1"),
-        ("--cpus-per-task 0", "--cpus-per-task is 0: take at least 1"),
-        ("--nodes many", "argument --nodes: invalid int value: 'many'"),
+        ("--nodes 0", "--nodes: '0' is not a whole number from 1 up"),
+        ("--ngpus 0", "--ngpus: '0' is not a whole number from 1 up"),
+        ("--timeout 2", "--timeout: '2' is not a whole number from 3 up"),
+        ("--mem-per-gpu 0", "--mem-per-gpu: '0' is not a whole number from 1 up"),
+        ("--cpus-per-task 0", "--cpus-per-task: '0' is not a whole number from 1 up"),
+        ("--nodes many", "argument --nodes: 'many' is not a whole number from 1 up"),
         ("--modle deit_nano", "unrecognized arguments: --modle;"),
         ("--batch-size 33", "--batch-size 33 is odd"),
-        ("--epochs 0 --resume later.pth --lr fast", "argument --lr: invalid float value: 'fast'"),
+        ("--resume later.pth --lr fast", "argument --lr: 'fast' is not a finite number from 0 up"),
         ("--executor local", "LocalExecutor can use only one node. Use nodes=1"),
         ("", "there is no Slurm here (no sbatch, srun): try --executor local --nodes 1"),
     ],

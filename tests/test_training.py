@@ -8,11 +8,23 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from engine import Precision, Update, predict, train_one_epoch
+from engine import Objective, Observer, Precision, Update, predict, train_one_epoch
 from loading.loaders import Shard
 from utils import MainError
 
 CPU = Precision(torch.device("cpu"))
+PLAIN = Objective(nn.CrossEntropyLoss())
+
+
+class Losses(Observer):
+    """Keeps the loss of every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[float] = []
+
+    def on_step(self, step: int, images: int, losses: dict[str, float]) -> None:
+        self.losses.append(losses["loss"])
 
 
 def tinted(count: int) -> TensorDataset:
@@ -36,17 +48,9 @@ def train(batch: int, **options) -> tuple[nn.Module, list[float], Update]:
     model, data = timm.create_model("lf_deit_nano"), tinted(320)
     loader = DataLoader(data, batch)
     update = make_update(model, len(loader), **options)
-    losses: list[float] = []
-    train_one_epoch(
-        model,
-        loader,
-        nn.CrossEntropyLoss(),
-        update,
-        0,
-        CPU,
-        on_step=lambda *step: losses.append(step[2]["loss"]),
-    )
-    return model, losses, update
+    run = Losses()
+    train_one_epoch(model, loader, PLAIN, update, 0, CPU, run)
+    return model, run.losses, update
 
 
 def test_the_loss_falls_and_both_stages_learn() -> None:
@@ -75,7 +79,7 @@ def test_gradients_are_clipped() -> None:
     update.optimizer.register_step_pre_hook(
         lambda *_: norms.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm().item())
     )
-    train_one_epoch(model, DataLoader(tinted(32), 16), nn.CrossEntropyLoss(), update, 0, CPU)
+    train_one_epoch(model, DataLoader(tinted(32), 16), PLAIN, update, 0, CPU)
     assert len(norms) == 2 and max(norms) < 0.0101
 
 
@@ -84,7 +88,7 @@ def test_the_moving_average_follows_the_weights() -> None:
     model = timm.create_model("lf_deit_nano")
     start = model.head.weight.detach().clone()
     update = make_update(model, 20, ema=ModelEmaV3(model, decay=0.75))
-    train_one_epoch(model, DataLoader(tinted(16), 16), nn.CrossEntropyLoss(), update, 0, CPU)
+    train_one_epoch(model, DataLoader(tinted(16), 16), PLAIN, update, 0, CPU)
     expected = 0.75 * start + 0.25 * model.head.weight
     torch.testing.assert_close(update.ema.module.head.weight, expected)
 
@@ -95,5 +99,5 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change() -> None:
     images = torch.full((4, 3, 56, 56), float("nan"))
     loader = DataLoader(TensorDataset(images, torch.zeros(4, dtype=torch.int64)), 4)
     with pytest.raises(MainError, match="epoch 0, step 0"):
-        train_one_epoch(model, loader, nn.CrossEntropyLoss(), make_update(model, 1), 0, CPU)
+        train_one_epoch(model, loader, PLAIN, make_update(model, 1), 0, CPU)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -29,6 +29,7 @@ from checkpointing.format import (
     save_checkpoint,
     save_json,
 )
+from checkpointing.schema import fits
 from models import flags
 from models.weights import create_model, initialise_from, load_weights, model_from_checkpoint
 
@@ -385,6 +386,62 @@ def test_values_out_of_range(value: float) -> None:
         utils.check_range("--threshold", value, 0, 1)
     utils.check_range("--threshold", 0, 0, 1)
     utils.check_range("--threshold", 1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (utils.Number(float), ["-1", "1e3", "0"], ["nan", "inf", "-inf", "1e400", "x", "", "1 2"]),
+        (utils.SHARE, ["0", "1", "0.5"], ["-0.1", "1.1", "nan", "inf"]),
+        (utils.NON_NEGATIVE, ["0", "7.5"], ["-1e-9", "inf"]),
+        (utils.POSITIVE_INT, ["1", "20"], ["0", "-1", "1.5", "1e3", "nan"]),
+    ],
+)
+def test_numbers_of_the_command_line(kind: utils.Number, good: list[str], bad: list[str]) -> None:
+    for text in good:
+        assert kind(text) == kind.kind(text)
+    parser = utils.Parser()
+    parser.add_argument("--flag", type=kind)
+    for text in bad:
+        with pytest.raises(ValueError, match=f"argument --flag: '{text}' is not {kind}; --help"):
+            parser.parse_args([f"--flag={text}"])
+
+
+@pytest.mark.parametrize("name", ["epoch", "fraction"])
+@pytest.mark.parametrize("text", ["nan", "inf", "x"])
+def test_plain_numbers_are_finite_too(name: str, text: str) -> None:
+    parser = utils.Parser()
+    parser.add_argument("--epoch", type=int)
+    parser.add_argument_group("others").add_argument("--fraction", type=float, nargs=2)
+    with pytest.raises(ValueError, match=f"argument --{name}: '{text}' is not a"):
+        parser.parse_args([f"--{name}", text, "1"])
+
+
+# What a file may hold
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "fitting"),
+    [
+        (3, float, True),
+        (True, float, False),
+        (float("nan"), float, False),
+        (3.0, int, False),
+        ([0.5, 1], list[float], True),
+        ((0.5, 1), list[float], True),
+        ([], list[float], False),
+        ([0.5, "x"], list[float], False),
+        ([[1.0], [2.0]], list[list[float]], True),
+        ([[1.0], [2.0, 3.0]], list[list[float]], False),
+        ([1.0, 2.0], tuple[float, float, float], False),
+        ({"a": torch.zeros(2)}, dict[str, Tensor], True),
+        ({"a": 1}, dict[str, Tensor], False),
+        ({1: torch.zeros(2)}, dict[str, Tensor], False),
+        (-2, utils.Number(int, -1), False),
+    ],
+)
+def test_kinds_of_values(value: object, kind: object, fitting: bool) -> None:
+    assert fits(value, kind) == fitting
 
 
 @pytest.mark.parametrize(
