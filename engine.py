@@ -317,7 +317,7 @@ def predict(
     table = torch.zeros(shard.total, model.num_exits, 5, device=precision.device)
     if rows:
         table[shard.read().to(table.device)] = torch.cat(rows)
-    if shard.world > 1:
+    if shard.world_size > 1:
         table = sum_over_ranks(table)
     shard.bad.report(precision.device)
     table = table[shard.bad.read().to(table.device)]

@@ -35,7 +35,7 @@ from engine import Precision, Update, evaluate, train_one_epoch
 from inference.pictures import contact_sheet
 from loading import loaders
 from loading.images import Readable
-from loading.loaders import AS_BYTES, OnDevice
+from loading.loaders import AS_BYTES, DeviceLoader
 from loading.token_labels import PairedTransform, token_targets
 from models import Adaptive, flags, recipe_of
 from models.weights import (
@@ -408,14 +408,10 @@ def main() -> None:
     config = {name: getattr(args, name) for name in datasets.DATA_CONFIG}
 
     # Data and model; the number of classes comes from the training folders, or from the checkpoint.
-    source = dict(
-        root=args.data_path,
-        category=args.inat_category,
-        download=args.download and context.is_local_main,
-        use_lmdb=args.use_lmdb,
-    )
+    source = datasets.DataSource.of(args, args.data_path)
+    source = source._replace(download=args.download and context.is_local_main)
     with utils.main_first(context):
-        trainset = None if dataless else datasets.build_dataset(args.data_set, split="train", **source)
+        trainset = None if dataless else datasets.build_dataset(source, "train")
     kwargs = model_kwargs(args, len(trainset.classes) if trainset else None)
     if checkpoint:
         model, name, kwargs = model_from_checkpoint(checkpoint, args.resume, args.model, kwargs)
@@ -431,29 +427,16 @@ def main() -> None:
     if args.only_test_speed:
         return
     classes = checkpoint.get("class_names") or (trainset.classes if trainset else None)
-    valset = datasets.build_dataset(
-        args.data_set,
-        split="val",
-        transform=datasets.eval_transform(model.img_size, config),
-        classes=classes,
-        **source,
-    )
+    valset = datasets.build_dataset(source, "val", datasets.eval_transform(model.img_size, config), classes)
     datasets.check_classes(valset, model.num_classes)
     model.to(context.device, memory_format=layout)
-    loading = dict(workers=args.num_workers, pin_memory=args.pin_mem and context.device.type == "cuda")
+    loading = dict(num_workers=args.num_workers, pin_memory=args.pin_mem and context.device.type == "cuda")
     if args.num_workers:
         loading |= dict(prefetch_factor=args.prefetch_factor, persistent_workers=args.persistent_workers)
     bad_list = folder / "bad_images.txt" if folder else None
     share = (context.rank, context.world) if args.dist_eval and not args.demo else (0, 1)
-    val_loader = loaders.eval_loader(
-        valset,
-        int(1.5 * args.batch_size),
-        rank=share[0],
-        world=share[1],
-        max_bad=args.max_bad_images,
-        bad_list=bad_list,
-        **loading,
-    )
+    shard = loaders.Shard(valset, *share, args.max_bad_images, bad_list)
+    val_loader = loaders.EvalLoader(shard, int(1.5 * args.batch_size), **loading)
     if args.demo:
         if context.is_main:
             target, thresholds = folder or Path("token_act_visualization"), [0.7] * (model.num_exits - 1)
@@ -480,13 +463,13 @@ def main() -> None:
         args.batch_size,
         repeats=3 if args.repeated_aug else 1,
         rank=context.rank,
-        world=context.world,
+        world_size=context.world,
         seed=args.seed,
         **loading,
     )
     if args.device_normalize:
         erased = 0.0 if args.no_aug else args.reprob
-        train_loader = OnDevice(train_loader, context.device, config, erased, args.remode, args.recount)
+        train_loader = DeviceLoader(train_loader, context.device, config, erased, args.remode, args.recount)
     if mixes(args) and train_loader.batch_size % 2:
         raise ValueError("mixup pairs images and there is only one per process: --mixup 0 --cutmix 0")
     wrapped = model

@@ -115,27 +115,20 @@ def main() -> None:
         dataset = datasets.Files(args.images, transform)
         indices = range(len(dataset))
     elif args.data_path:
-        dataset = datasets.build_dataset(
-            args.data_set,
-            args.data_path,
-            args.split,
-            transform,
-            classes,
-            args.inat_category,
-            use_lmdb=args.use_lmdb,
-        )
+        source = datasets.DataSource.of(args, args.data_path)
+        dataset = datasets.build_dataset(source, args.split, transform, classes)
         datasets.check_classes(dataset, model.num_classes)
         classes = dataset.classes
         indices = np.random.default_rng(args.seed).permutation(len(dataset))[: args.num_images].tolist()
     else:
         raise ValueError("nothing to draw: give --data-path DIR or --images PATH, or --curve")
     thresholds = [args.threshold] * (model.num_exits - 1)
-    bad = dict(max_bad=args.max_bad_images, bad_list=folder / "bad_images.txt")
+    shard = loaders.Shard(dataset, max_bad=args.max_bad_images, bad_list=folder / "bad_images.txt")
     if args.per_class:
-        loader = loaders.eval_loader(dataset, args.batch_size, args.num_workers, **bad)
+        loader = loaders.EvalLoader(shard, args.batch_size, num_workers=args.num_workers)
         return draw_classes(model, loader, config, thresholds, folder, classes, args.columns)
     if args.max_bad_images:
-        indices = loaders.readable(loaders.Shard(dataset, **bad), indices)
+        indices = loaders.readable(shard, indices)
     items = explain(model, dataset, indices, config, thresholds, args.batch_size, labelled=not args.images)
     folder.mkdir(parents=True, exist_ok=True)
     for number, (index, item) in enumerate(zip(indices, items, strict=True), 1):

@@ -22,7 +22,7 @@ from benchmarks.table import Spec
 from benchmarks.timing import synchronize
 from engine import Precision
 from loading import loaders
-from loading.loaders import AS_BYTES, OnDevice
+from loading.loaders import AS_BYTES, DeviceLoader
 from models.weights import baseline_model
 from utils import log
 
@@ -111,7 +111,7 @@ def batches_of(
     )
     if way.on_device:
         erasing = {name: AUGMENTATION[name] for name in ERASING if way.training}
-        return iter(OnDevice(loader, device, config, **erasing))
+        return iter(DeviceLoader(loader, device, config, **erasing))
     return (loaders.to_device(batch, device) for batch in loader)
 
 

@@ -15,8 +15,7 @@ import datasets
 import utils
 from checkpointing.format import Results, add_to_checkpoint, load_checkpoint, load_json, read_file, save_json
 from engine import Precision, predict
-from loading import loaders
-from loading.loaders import AS_BYTES, OnDevice
+from loading.loaders import AS_BYTES, DeviceLoader, EvalLoader, Shard
 from models import Adaptive, flags
 from models.cost import exit_gflops
 from models.exits import Predictions
@@ -36,15 +35,9 @@ class Session(NamedTuple):
     gflops: list[float]
 
     def dataset(self, split: str) -> Dataset:
-        dataset = datasets.build_dataset(
-            self.args.data_set,
-            self.args.data_url,
-            split,
-            self.transform(),
-            self.checkpoint.get("class_names"),
-            self.args.inat_category,
-            use_lmdb=self.args.use_lmdb,
-        )
+        source = datasets.DataSource.of(self.args, self.args.data_url)
+        classes = self.checkpoint.get("class_names")
+        dataset = datasets.build_dataset(source, split, self.transform(), classes)
         datasets.check_classes(dataset, self.model.num_classes)
         return dataset
 
@@ -53,20 +46,17 @@ class Session(NamedTuple):
         ending = AS_BYTES if self.args.device_normalize else {}
         return datasets.eval_transform(self.model.img_size, self.config | ending)
 
-    def loader(self, dataset: Dataset) -> DataLoader | OnDevice:
+    def loader(self, dataset: Dataset) -> DataLoader | DeviceLoader:
         context, args = self.context, self.args
         beside = args.results or args.output
-        loader = loaders.eval_loader(
-            dataset,
+        bad_list = Path(beside).with_name("bad_images.txt") if beside else None
+        loader = EvalLoader(
+            Shard(dataset, context.rank, context.world, args.max_bad_images, bad_list),
             args.batch_size,
-            args.num_workers,
-            context.rank,
-            context.world,
-            max_bad=args.max_bad_images,
-            bad_list=Path(beside).with_name("bad_images.txt") if beside else None,
+            num_workers=args.num_workers,
             pin_memory=context.device.type == "cuda",
         )
-        return OnDevice(loader, context.device, self.config) if args.device_normalize else loader
+        return DeviceLoader(loader, context.device, self.config) if args.device_normalize else loader
 
     def predict(
         self, dataset: Dataset, on_batch: Callable[[Tensor, list], None] | None = None

@@ -54,9 +54,8 @@ def sharp(folder: Path, trained: Path) -> Path:
 
     checkpoint = load_checkpoint(trained / "checkpoint.pth")
     model, *_ = model_from_checkpoint(checkpoint, "the trained model", None, {})
-    data = datasets.build_dataset(
-        "IMNET", folder, "val", datasets.eval_transform(56, checkpoint["data_config"])
-    )
+    transform = datasets.eval_transform(56, checkpoint["data_config"])
+    data = datasets.build_dataset(datasets.DataSource("IMNET", folder), "val", transform)
     with torch.no_grad():
         logits = torch.stack([out.logits for out in model.eval()(torch.stack([image for image, _ in data]))])
         model.head.bias -= logits.mean(dim=(0, 1))  # two epochs leave one class ahead for every image

@@ -441,7 +441,9 @@ def test_training_logs_what_halts(halting: Path) -> None:
     checkpoint = load_checkpoint(halting / "checkpoint.pth")
     model, *_ = model_from_checkpoint(checkpoint, "the checkpoint", None, {})
     transform = datasets.eval_transform(56, checkpoint["data_config"])
-    data = datasets.build_dataset("IMNET", checkpoint["args"]["data_path"], "val", transform)
+    data = datasets.build_dataset(
+        datasets.DataSource("IMNET", checkpoint["args"]["data_path"]), "val", transform
+    )
     with torch.inference_mode():
         infos = [model.eval()(image[None])[0].info for image, _ in data]
     depths = torch.cat([info["depth"] for info in infos]).double()

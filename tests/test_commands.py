@@ -59,9 +59,8 @@ class Answers(NamedTuple):
 def answers(folder: Path, sharp: Path) -> Answers:
     checkpoint = load_checkpoint(sharp)
     model, *_ = model_from_checkpoint(checkpoint, "sharp", None, {})
-    data = datasets.build_dataset(
-        "IMNET", folder, "val", datasets.eval_transform(56, checkpoint["data_config"])
-    )
+    transform = datasets.eval_transform(56, checkpoint["data_config"])
+    data = datasets.build_dataset(datasets.DataSource("IMNET", folder), "val", transform)
     with torch.no_grad():
         outputs = model.eval()(torch.stack([image for image, _ in data]))
     logits = torch.stack([out.logits for out in outputs], dim=1)

@@ -132,7 +132,7 @@ def drawn_set() -> tuple[list[np.ndarray], list[int]]:
 def test_the_image_of_a_class_is_the_most_varied_of_all(drawn_set: tuple, batch_size: int) -> None:
     depths, labels = drawn_set
     data = TensorDataset(torch.stack([painted(depth, 12, 4) for depth in depths]), torch.tensor(labels))
-    items = most_varied(Scripted(4, 12), loaders.eval_loader(data, batch_size, 0), PLAIN, [])
+    items = most_varied(Scripted(4, 12), loaders.EvalLoader(loaders.Shard(data), batch_size), PLAIN, [])
     assert [item.label for item in items] == [0, 1, 2]
     for item in items:
         own = [depth for depth, label in zip(depths, labels, strict=True) if label == item.label]
@@ -145,13 +145,13 @@ def test_of_equal_images_the_first_is_taken() -> None:
     depth = some_depths(4, 1, 6)
     images = torch.stack([painted(one, 6, 4) for one in (depth, 7 - depth)])
     data = TensorDataset(images, torch.tensor([5, 5]))
-    (item,) = most_varied(Scripted(4, 6), loaders.eval_loader(data, 2, 0), PLAIN, [])
+    (item,) = most_varied(Scripted(4, 6), loaders.EvalLoader(loaders.Shard(data), 2), PLAIN, [])
     assert np.array_equal(item.depth, depth)
 
 
 def test_many_classes_make_a_sheet_about_square(tmp_path: Path) -> None:
     images = torch.stack([painted(some_depths(2, 1, 4, seed), 4, 112) for seed in range(16)])
-    loader = loaders.eval_loader(TensorDataset(images, torch.arange(16)), 16, 0)
+    loader = loaders.EvalLoader(loaders.Shard(TensorDataset(images, torch.arange(16))), 16)
     draw_classes(Scripted(112, 4), loader, PLAIN, [], tmp_path, [f"number {c}" for c in range(16)])
     with (
         Image.open(tmp_path / "contact_sheet.png") as page,
@@ -187,7 +187,9 @@ def expected(folder: Path, halting: Path) -> dict[int, tuple[np.ndarray, np.ndar
     saved = load_checkpoint(halting)
     model = timm.create_model(saved["model_name"], **saved["model_kwargs"])
     model.load_state_dict(saved["model"])
-    data = datasets.build_dataset("IMNET", folder, "val", datasets.eval_transform(56, datasets.DATA_CONFIG))
+    data = datasets.build_dataset(
+        datasets.DataSource("IMNET", folder), "val", datasets.eval_transform(56, datasets.DATA_CONFIG)
+    )
     images, labels = (
         torch.stack(column) for column in zip(*((x, torch.tensor(y)) for x, y in data), strict=True)
     )

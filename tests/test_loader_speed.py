@@ -14,13 +14,13 @@ from cases import ROOT, Command
 from PIL import Image
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import loading as loader_speed
 from benchmarks.loading import COLUMNS, WAYS, Options, batches_of, compare, rates, write_pictures
 from datasets import DATA_CONFIG, Files, eval_transform, train_transform
 from loading.images import load_image
-from loading.loaders import AS_BYTES, OnDevice, eval_loader
+from loading.loaders import AS_BYTES, DeviceLoader, EvalLoader, Shard
 
 sys.path.insert(0, str(ROOT / "scripts"))
 CPU = torch.device("cpu")
@@ -46,9 +46,10 @@ def test_pictures_are_of_imagenets_usual_size(pictures: Path) -> None:
 def test_evaluation_normalised_on_the_device_is_the_same(workers: int, pictures: Path) -> None:
     plain, as_bytes = (Files(pictures, eval_transform(56, DATA_CONFIG | end)) for end in ({}, AS_BYTES))
     assert as_bytes[0][0].dtype == torch.uint8
-    loader = OnDevice(eval_loader(as_bytes, 4, workers), CPU, DATA_CONFIG)
+    loader = DeviceLoader(EvalLoader(Shard(as_bytes), 4, num_workers=workers), CPU, DATA_CONFIG)
     assert (len(loader), loader.batch_size, loader.dataset.total) == (2, 4, 6)
-    for (images, numbers), (expected, order) in zip(loader, eval_loader(plain, 4, workers), strict=True):
+    ordinary = EvalLoader(Shard(plain), 4, num_workers=workers)
+    for (images, numbers), (expected, order) in zip(loader, ordinary, strict=True):
         torch.testing.assert_close(images, expected, atol=1e-6, rtol=0)
         assert torch.equal(numbers, order)
 
@@ -59,22 +60,51 @@ def test_training_normalised_on_the_device_is_the_same(pictures: Path) -> None:
         transform = train_transform(56, DATA_CONFIG, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0, **ending)
         random.seed(0), np.random.seed(0), torch.manual_seed(0)
         loader = DataLoader(Files(pictures, transform), 6)
-        found.append(next(iter(OnDevice(loader, CPU, DATA_CONFIG) if ending else loader))[0])
+        found.append(next(iter(DeviceLoader(loader, CPU, DATA_CONFIG) if ending else loader))[0])
     torch.testing.assert_close(*found, atol=1e-6, rtol=0)
 
 
 def test_erasing_on_the_device_comes_after_normalisation(pictures: Path) -> None:
     data = Files(pictures, eval_transform(56, DATA_CONFIG | AS_BYTES))
-    whole = next(iter(OnDevice(DataLoader(data, 6), CPU, DATA_CONFIG)))[0]
+    whole = next(iter(DeviceLoader(DataLoader(data, 6), CPU, DATA_CONFIG)))[0]
     settings = dict(re_prob=0.7, re_mode="pixel", re_count=2)
     random.seed(1), torch.manual_seed(1)
-    images = next(iter(OnDevice(DataLoader(data, 6), CPU, DATA_CONFIG, **settings)))[0]
+    images = next(iter(DeviceLoader(DataLoader(data, 6), CPU, DATA_CONFIG, **settings)))[0]
     random.seed(1), torch.manual_seed(1)
     next(iter(DataLoader(data, 6)))  # a loader draws too
     expected = RandomErasing(0.7, mode="pixel", max_count=2, device="cpu")(whole.clone())
     assert torch.equal(images, expected)
     erased = (images != whole).flatten(1).any(dim=1)
     assert erased.any() and not erased.all()
+
+
+def test_erasing_draws_nothing_for_the_next_batch() -> None:
+    """As a resumed run needs it: the generators' states belong to the batch that was given last."""
+    images = torch.zeros(12, 3, 8, 8, dtype=torch.uint8)
+    source = DataLoader(TensorDataset(images, torch.arange(12)), 4, generator=torch.Generator())
+    batches = DeviceLoader(source, CPU, DATA_CONFIG, 0.7, "pixel")
+    random.seed(2), torch.manual_seed(2)
+    given, states = [], []
+    for batch, _ in batches:
+        given.append(batch)
+        states.append((random.getstate(), torch.get_rng_state()))
+    for step, (batch, _) in enumerate(batches):
+        if step:
+            assert torch.equal(batch, given[step])
+        random.setstate(states[step][0]), torch.set_rng_state(states[step][1])
+
+
+def test_three_tensors_of_a_batch_arrive() -> None:
+    images, label, box = (
+        torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8),
+        torch.rand(5, 2, 1),
+        torch.rand(5, 4),
+    )
+    batches = list(DeviceLoader(DataLoader(TensorDataset(images, label, box), 2), CPU, DATA_CONFIG))
+    whole = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    mean, std = (torch.tensor(DATA_CONFIG[key])[:, None, None] for key in ("mean", "std"))
+    torch.testing.assert_close(whole[0], (images / 255 - mean) / std, atol=1e-6, rtol=0)
+    assert torch.equal(whole[1], label) and torch.equal(whole[2], box)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -204,8 +205,9 @@ def test_another_batch_size_goes_on_after_as_many_images(
 def test_random_numbers_of_a_sample_follow_from_its_place(workers: int) -> None:
     """Not from the number of processes, nor from which batches came before."""
     state = torch.get_rng_state()
-    both = [loaders.train_loader(Draws(), 4, workers, rank=rank, world=2, seed=5) for rank in range(2)]
-    alone = loaders.train_loader(Draws(), 8, 0, seed=5)
+    train = partial(loaders.train_loader, Draws(), seed=5)
+    both = [train(4, rank=rank, world_size=2, num_workers=workers) for rank in range(2)]
+    alone = train(8)
     for loader, start in ((both[0], 0), (both[1], 0), (alone, 0)):
         loader.sampler.set_epoch(3, start)
     batches = list(alone)
