@@ -14,7 +14,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -32,7 +31,7 @@ from checkpointing.format import load_checkpoint
 from checkpointing.run import Run
 from checkpointing.schema import check_arguments, damage_told
 from engine import Precision, Update, evaluate, train_one_epoch
-from inference.pictures import contact_sheet
+from inference.pictures import contact_sheet, draw_all, draw_classes, explain
 from loading import loaders
 from loading.images import Readable
 from loading.loaders import AS_BYTES, DeviceLoader
@@ -46,7 +45,6 @@ from models.weights import (
     published_name,
 )
 from utils import log
-from visualize import draw_classes, explain
 
 OnOff = argparse.BooleanOptionalAction
 
@@ -534,8 +532,8 @@ def main() -> None:
                 thresholds = [0.7] * (model.num_exits - 1)
                 shown = val_loader.dataset.bad.read()[:8].tolist()
                 sheet = explain(model, valset, shown, config, thresholds)
-                page = np.asarray(contact_sheet(sheet, model.stage_names, constant["class_names"]))
-                run.board.add_image("regions", page, epoch, dataformats="HWC")
+                pictures = draw_all(sheet, model.stage_names, constant["class_names"])
+                run.board.add_image("regions", contact_sheet(pictures), epoch)
 
 
 if __name__ == "__main__":

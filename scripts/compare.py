@@ -17,7 +17,7 @@ from tabulate import tabulate
 
 import utils
 from checkpointing.format import Results, load_checkpoint, load_json
-from inference.pictures import Line, draw_curve
+from inference.pictures import draw_curve
 from utils import log
 
 TWO_STAGE = ["--coarse-only", "0.39", "--select-from", "0"]
@@ -97,7 +97,7 @@ def main() -> None:
     if not (data / "train").is_dir():
         raise FileNotFoundError(f"no {data / 'train'}: python scripts/make_digits.py --output {args.data}")
     output.mkdir(parents=True, exist_ok=True)
-    rows, lines, plain = [], [], []
+    rows, curves, plain = [], {}, []
     for system in SYSTEMS:
         folder = make(system, data, output)
         val = Results.of(load_checkpoint(folder / "checkpoint.pth"))
@@ -114,7 +114,7 @@ def main() -> None:
             varies = cost < 0.999 * test.flops[0]  # with the image, as where tokens halt
             rows.append(row + [None, None, *((1000 * cost, accuracy) if varies else (None, None))])
             continue
-        lines.append(Line(system.name, test))
+        curves[system.name] = test
         chosen = val.cheapest(0.99)
         cost, accuracy = (column[chosen] for column in test.budgeted_batch_classification)
         rows.append(row + [test.anytime_classification[0], chosen / 100, 1000 * cost, accuracy])
@@ -125,7 +125,7 @@ def main() -> None:
         f"\n{table}\n\n* lowest threshold that keeps 99 % of the full accuracy on val; A-ViT: as tokens halt"
     )
     utils.write_atomically(output / "table.md", lambda path: path.write_text(table + "\n"))
-    draw_curve(lines, output / "curve.png", plain)
+    draw_curve(curves, output / "curve.png", plain)
     log.info("wrote table.md and curve.png to %s", args.output)
 
 
