@@ -186,7 +186,7 @@ def test_archive_survives_pickling_and_workers(source: DataSource) -> None:
     assert list(data) == expected == list(copy)  # both handles work, in this order and the other
     for _ in range(2):
         assert loaded(data, 2, "fork") == expected == list(data)
-    if source.data_set.startswith("hfds"):  # whose reader could not be found by the worker under its name
+    if source.data_set.startswith("hfds"):
         assert loaded(data, 1, "spawn") == expected
     assert sys.modules["datasets"] is datasets
 
@@ -241,14 +241,14 @@ def test_two_ranks_of_two_workers_train_on_every_image_once(kind: str, by_two: d
 
 
 @pytest.fixture(scope="module")
-def known() -> dict[str, tuple[dict, dict]]:
+def expected() -> dict[str, tuple[dict, dict]]:
     """Results by folder, to train there only once."""
     return {}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_commands_do_the_same_on_archives_as_on_folders(
-    kind: str, command: Command, folder: Path, tmp_path: Path, known: dict
+    kind: str, command: Command, folder: Path, tmp_path: Path, expected: dict
 ) -> None:
     def results(root: Path, *words: str) -> tuple[dict, dict]:
         """The log of training and what inference finds."""
@@ -263,11 +263,11 @@ def test_commands_do_the_same_on_archives_as_on_folders(
         return json.loads((output / "log.txt").read_text()), json.loads(file.read_text()), names
 
     data_set, root = in_archive(kind, folder, tmp_path / "archive")
-    if not known:
-        known["folder"] = results(folder)
+    if not expected:
+        expected["folder"] = results(folder)
     switch = ["--use-lmdb"] if kind == "lmdb" else []
-    assert results(root, "--data-set", data_set, *switch) == known["folder"]
-    assert known["folder"][2] == ["amber", "blue", "coral", "dusk"]
+    assert results(root, "--data-set", data_set, *switch) == expected["folder"]
+    assert expected["folder"][2] == ["amber", "blue", "coral", "dusk"]
     checkpoint = tmp_path / "output" / root.name / "checkpoint.pth"
     resumed = ["--resume", str(checkpoint), "--data-path", "elsewhere"]
     assert not main_deit.parse(resumed)[0].use_lmdb  # as the path, which it belongs to
@@ -321,13 +321,13 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, numbered: P
 def test_records_are_plain(numbered: Path, tmp_path: Path) -> None:
     """The layout, read without this project's code."""
     folder = Folder(numbered / "val")
-    found = content(make_lmdb(numbered, tmp_path / "made") / "val.lmdb")
-    assert found.pop(b"__len__") == b"23"
-    assert json.loads(found.pop(b"__classes__")) == ["a", "b", "c"]
-    found.pop(b"__source__")
-    assert set(found) == {str(i).encode() for i in range(23)}
+    entries = content(make_lmdb(numbered, tmp_path / "made") / "val.lmdb")
+    assert entries.pop(b"__len__") == b"23"
+    assert json.loads(entries.pop(b"__classes__")) == ["a", "b", "c"]
+    entries.pop(b"__source__")
+    assert set(entries) == {str(i).encode() for i in range(23)}
     for index, (path, label) in enumerate(folder.samples):
-        record = found[str(index).encode()]
+        record = entries[str(index).encode()]
         assert record[:4] == b"IMGR" and struct.unpack("<Iq", record[4:16]) == (1, label)
         assert record[16:] == Path(path).read_bytes()
 
@@ -457,9 +457,9 @@ def test_map_grows(tmp_path: Path, numbered: Path) -> None:
     folder = Folder(tmp_path / "in")
     for batch in (1, 12):
         folder2lmdb.convert(folder, tmp_path / f"{batch}.lmdb", batch=batch, map_size=2**14)
-        found = content(tmp_path / f"{batch}.lmdb")
+        entries = content(tmp_path / f"{batch}.lmdb")
         for index, (path, _) in enumerate(folder.samples):
-            assert found[str(index).encode()][16:] == Path(path).read_bytes()
+            assert entries[str(index).encode()][16:] == Path(path).read_bytes()
         assert (tmp_path / f"{batch}.lmdb").stat().st_size < 2_000_000  # not as large as the map
 
 

@@ -217,8 +217,8 @@ def test_archives_know_their_bad_images(kind: str, tmp_path: Path) -> None:
     name, root = in_archive(kind, tmp_path / "images", tmp_path / "archive")
     data = build_dataset(DataSource(name, root, use_lmdb=kind == "lmdb"), "val", level)
     loader = EvalLoader(Shard(data, max_bad=2, bad_list=tmp_path / "bad.txt"), 4)
-    found = [number for images, _ in loader for number in images.tolist()]
-    assert sorted(found) == [i for i in range(12) if i not in (4, 9)]
+    numbers = [number for images, _ in loader for number in images.tolist()]
+    assert sorted(numbers) == [i for i in range(12) if i not in (4, 9)]
     lines = (tmp_path / "bad.txt").read_text().splitlines()
     assert len(lines) == 2 and all(", record " in line for line in lines)
 
@@ -276,23 +276,23 @@ def infer(command: Command, sharp: Path, tmp_path: Path) -> Callable[..., tuple]
 
 @pytest.mark.parametrize("mode", [0, 1, 2])
 def test_accuracy_is_over_the_images_that_were_read(mode: int, infer: Callable, damaged: dict) -> None:
-    ended, found, lines = infer(damaged["damaged"], "--eval-mode", mode)
+    ended, results, lines = infer(damaged["damaged"], "--eval-mode", mode)
     assert ended.code == 0 and len(lines) == 3, ended.err
     assert ended.err.count("3 of 40 images could not be read: ") == 1
     _, expected, none = infer(damaged["cleaned"], "--eval-mode", mode)
     assert none == []
     if mode == 2:
-        found, expected = (
-            {key: r["timed"][key] for key in ("exit_shares", "accuracy")} for r in (found, expected)
+        results, expected = (
+            {key: r["timed"][key] for key in ("exit_shares", "accuracy")} for r in (results, expected)
         )
-    assert found == expected
+    assert results == expected
 
 
 def test_one_too_many_is_one_line_and_code_2(infer: Callable, damaged: dict) -> None:
     for limit, words in ((2, "--max-bad-images is 2"), (0, "cannot read image")):
-        ended, found, _ = infer(damaged["damaged"], "--eval-mode", 0, limit=limit)
+        ended, results, _ = infer(damaged["damaged"], "--eval-mode", 0, limit=limit)
         lines = [line for line in ended.err.splitlines() if "dynamic_inference.py" in line]
-        assert ended.code == 2 and found is None
+        assert ended.code == 2 and results is None
         assert len(lines) == 1 and words in lines[0] and "val/" in lines[0] and "Traceback" not in ended.err
         assert not multiprocessing.active_children()
 

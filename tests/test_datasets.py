@@ -255,7 +255,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("crop_pct", [0.875, 1.0])
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (160, 160), (57, 301)])
 def test_box_is_mapped_back_to_the_picture(size: tuple[int, int], crop_pct: float, tmp_path: Path) -> None:
-    """A white rectangle, found in the model's input, comes back to where it was painted."""
+    """A white rectangle, located in the model input, comes back to where it was painted."""
     width, height = size
     centre, half = (width // 2 + 5, height // 2 - 7), min(size) // 5
     painted = [centre[0] - half, centre[1] - half // 2, centre[0] + half, centre[1] + half // 2]
@@ -267,8 +267,8 @@ def test_box_is_mapped_back_to_the_picture(size: tuple[int, int], crop_pct: floa
     image, index = files[0]
     assert image.shape == (3, 112, 112)
     rows, columns = (np.flatnonzero((image[0] > 0.5).any(dim=axis).numpy()) for axis in (1, 0))
-    found = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
-    back = files.in_original(index, [int(value) for value in found], 112, config)
+    box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+    back = files.in_original(index, [int(value) for value in box], 112, config)
     assert np.abs(np.array(back) - painted).max() <= 2
 
 

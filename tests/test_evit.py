@@ -344,8 +344,8 @@ def test_training_moves_and_logs_the_rate_and_tests_at_the_last(evit: Path) -> N
 def test_a_checkpoint_brings_its_rate_to_inference(
     evit: Path, folder: Path, tmp_path: Path, command: Command
 ) -> None:
+    from checkpointing.format import load_checkpoint
     from models.weights import model_from_checkpoint
-    from utils import load_checkpoint
 
     checkpoint = load_checkpoint(evit / "checkpoint.pth")
     model, *_ = model_from_checkpoint(checkpoint, "it", None, {})

@@ -16,8 +16,18 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks import loading as loader_speed
-from benchmarks.loading import COLUMNS, WAYS, Options, batches_of, compare, rates, write_pictures
+from benchmarks import loading
+from benchmarks.loading import (
+    COLUMNS,
+    LOADER_VARIANTS,
+    LoaderVariant,
+    Options,
+    batches_of,
+    compare,
+    rates,
+    verdict,
+    write_random_jpegs,
+)
 from datasets import DATA_CONFIG, Files, eval_transform, train_transform
 from loading.images import load_image
 from loading.loaders import AS_BYTES, DeviceLoader, EvalLoader, Shard
@@ -29,7 +39,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
-    write_pictures(folder, 6)
+    write_random_jpegs(folder, 6)
     return folder
 
 
@@ -126,22 +136,22 @@ def test_fast_decoding_is_of_jpegs_alone() -> None:
     assert load_image(file, side=8).size == (64, 64)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=[way.name for way in WAYS])
-def test_batches_do_not_end_and_are_model_input(way: loader_speed.Way, pictures: Path) -> None:
+@pytest.mark.parametrize("variant", LOADER_VARIANTS, ids=[variant.name for variant in LOADER_VARIANTS])
+def test_batches_do_not_end_and_are_model_input(variant: LoaderVariant, pictures: Path) -> None:
     data = Files(pictures)
-    batches = batches_of(way, data, 28, 4, 0, CPU)
+    batches = batches_of(variant, data, 28, 4, 0, CPU)
     for _ in range(4):
         images, numbers = next(batches)
         assert images.shape == (4, 3, 28, 28) and images.dtype == torch.float32
         assert len(numbers) == 4 and images.min() < 0 < images.max()
-    assert data.side == (56 if way.fast else 0)
+    assert data.side == (56 if variant.fast else 0)
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds, in a list of one, that stand still unless a test moves them."""
     now = [0.0]
-    monkeypatch.setattr(loader_speed.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(loading.time, "perf_counter", lambda: now[0])
     return now
 
 
@@ -179,7 +189,7 @@ def test_the_slower_part_limits(loading: float, forward: float, clock: list[floa
     assert row["limited_by"] == ("loader" if loading > forward else "model")
     assert row["workers_needed"] == {0.5: 12, 0.125: 1, 0.25: 3}[loading]
     row |= dict(transform="training", batch_size=8, workers=3)
-    assert ("about 12 processes would keep up" in loader_speed.verdict(row)) == (loading > forward)
+    assert ("about 12 processes would keep up" in verdict(row)) == (loading > forward)
 
 
 SMALL = "deit_nano:embed_dim=32,depth=2,num_heads=2"
@@ -187,10 +197,10 @@ QUICK = ["--loader", "--models", SMALL, "--device", "cpu", "--repeats", 2, "--se
 
 
 @pytest.mark.parametrize("made", [True, False])
-def test_the_table_holds_all_ways(
+def test_the_table_holds_all_variants(
     made: bool, command: Command, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader_speed, "write_pictures", lambda folder: write_pictures(folder, 2))
+    monkeypatch.setattr(loading, "write_random_jpegs", lambda folder: write_random_jpegs(folder, 2))
     flags = [*QUICK, "--batch-size", 1, 2, "--csv", tmp_path / "a.csv", "--markdown", tmp_path / "a.md"]
     ended = command("benchmark", *flags, *([] if made else ["--data-path", pictures]))
     assert ended.code == 0, ended.err
@@ -198,7 +208,7 @@ def test_the_table_holds_all_ways(
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == COLUMNS
     assert [(row["batch_size"], row["transform"]) for row in rows] == [
-        (size, way.name) for size in "12" for way in WAYS
+        (size, variant.name) for size in "12" for variant in LOADER_VARIANTS
     ]
     for row in rows:
         loader, model = float(row["loader_images_per_second"]), float(row["model_images_per_second"])
@@ -215,7 +225,7 @@ def test_the_table_holds_all_ways(
     [
         (["--batch-size", "auto", "--max-batch", 4], "--batch-size as numbers"),
         (["--png", "speed.png"], "no --png"),
-        (["--num_workers", -1], "--num-workers is -1"),
+        (["--num_workers", -1], "'-1' is not a whole number from 0 up"),
         (["--data-path", "nowhere"], "nowhere"),
     ],
 )
