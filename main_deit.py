@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -28,13 +27,13 @@ from torch.utils.data import DataLoader, Dataset
 
 import datasets
 import utils
-from benchmarks.timing import report_speed
+from benchmarks.timing import count_gflops, report_speed
 from checkpointing.folder import checkpoint_interval, load_newest, locked, set_damaged_aside
 from checkpointing.format import load_checkpoint
 from checkpointing.run import Run, Settings
 from checkpointing.schema import check_arguments, damage_reported
 from engine import Objective, Precision, Update, evaluate, train_one_epoch
-from inference.pictures import contact_sheet, draw_classes, explain
+from inference.pictures import contact_sheet, draw_all, draw_classes, explain
 from loading import loaders
 from loading.images import Readable
 from loading.loaders import AS_BYTES, DeviceLoader
@@ -502,6 +501,8 @@ def train_epochs(
     name, model, update = run.settings.constant["model_name"], run.model, run.update
     counts = run.parameters, len(data.readable), len(data.val.dataset.dataset)
     log.info("%s: %d parameters, %d training and %d validation images", name, *counts)
+    if run.context.is_main and (gflops := count_gflops(model, name)):
+        log.info("GFLOPs per exit: %s", ", ".join(f"{cost:.3f}" for cost in gflops))
     with run.started():
         while run.epoch < run.epochs:
             epoch = run.epoch
@@ -524,15 +525,15 @@ def train_epochs(
             accuracy = [f"{stage} {measures[f'test_exit{k}_acc1']:.2f}" for k, stage in exits]
             log.info("epoch %d: top-1 %s; best %.2f", epoch, ", ".join(accuracy), run.best)
             if run.log.board and picture_freq and epoch % picture_freq == 0:
-                run.log.board.add_image("regions", picture_of(model, data), epoch, dataformats="HWC")
+                run.log.board.add_image("regions", picture_of(model, data), epoch)
 
 
-def picture_of(model: Adaptive, data: Data) -> np.ndarray:
-    """Return a contact sheet [H,W,3] of what the model looks at in the first evaluation images."""
+def picture_of(model: Adaptive, data: Data) -> torch.Tensor:
+    """Return a contact sheet [3,H,W] of what the model looks at in the first evaluation images."""
     thresholds = [0.7] * (model.num_exits - 1)
     indices = data.val.dataset.bad.read()[:8].tolist()
     sheet = explain(model, data.val.dataset.dataset, indices, data.config, thresholds)
-    return np.asarray(contact_sheet(sheet, model.stage_names, data.classes))
+    return contact_sheet(draw_all(sheet, model.stage_names, data.classes))
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from tabulate import tabulate
 
 import utils
 from checkpointing.format import Results, load_checkpoint, load_json
-from inference.pictures import Line, common_threshold, draw_curve
+from inference.pictures import common_threshold, draw_curve
 from utils import log
 
 HEADER = ["", "full MFLOPs", "val top-1 %", "test top-1 %", "first exit, test"]
@@ -123,18 +123,18 @@ def main() -> None:
     if not (data / "train").is_dir():
         raise FileNotFoundError(f"no {data / 'train'}: python scripts/make_digits.py --output {args.data}")
     output.mkdir(parents=True, exist_ok=True)
-    rows, lines, plain = [], [], []
+    rows, curves, plain = [], {}, []
     for name, system in systems.items():
         val, test = make(system, teachers.get(name), data, output)
         rows.append(table_row(name, val, test))
         if len(test.flops) > 1:
-            lines.append(Line(name, test))
+            curves[name] = test
         else:
             plain.append((name, *(column[-1] for column in test.budgeted_batch_classification)))
     table = tabulate(rows, HEADER, tablefmt="github", floatfmt=".2f", missingval="")
     print(f"\n{table}\n\n{NOTE}")
     utils.write_atomically(output / "table.md", lambda path: path.write_text(table + "\n"))
-    draw_curve(lines, output / "curve.png", plain)
+    draw_curve(curves, output / "curve.png", plain)
     log.info("wrote table.md and curve.png to %s", args.output)
 
 
