@@ -101,7 +101,6 @@ def parse() -> argparse.Namespace:
     utils.check_range("--threshold", args.threshold, 0, 1)
     for name in ("batch_size", "repeats", "calibration_images"):
         utils.check_range(f"--{name}", getattr(args, name), 1)
-    utils.check_range("--max-bad-images", args.max_bad_images, 0)
     if args.boxes and args.max_bad_images:
         raise ValueError("--boxes needs every image: not with --max-bad-images")
     if args.budget is not None:

@@ -87,7 +87,6 @@ def parse() -> argparse.Namespace:
     utils.check_range("--threshold", args.threshold, 0, 1)
     for name in ("num_images", "batch_size", "columns"):
         utils.check_range(f"--{name.replace('_', '-')}", getattr(args, name), 1)
-    utils.check_range("--max-bad-images", args.max_bad_images, 0)
     return args
 
 
