@@ -1,9 +1,8 @@
 """Pictures of what a model looks at, and of what early exit costs and gives.
 
-    python visualize.py --model lf_deit_nano --resume output/nano/checkpoint.pth --data-path data/digits \\
-        --output_dir pictures
-    python visualize.py --resume output/avit/checkpoint.pth --data-path data/digits --per-class
-    python visualize.py --resume output/nano/checkpoint.pth --curve --output_dir pictures
+python visualize.py --resume output/nano/checkpoint.pth --data-path data/digits --output_dir pictures
+python visualize.py --resume output/nano/checkpoint.pth --data-path data/digits --per-class
+python visualize.py --resume output/nano/checkpoint.pth --curve --output_dir pictures
 """
 
 import argparse
@@ -24,7 +23,7 @@ from utils import log
 
 
 def baseline(text: str) -> tuple[str, float, float]:
-    """Read a value of --baseline; argparse tells the error."""
+    """Read a value of --baseline; argparse reports the error."""
     try:
         name, gflops, accuracy = text.rsplit(":", 2)
         return name, float(gflops), float(accuracy)

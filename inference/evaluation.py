@@ -89,7 +89,7 @@ class Coverage:
 
 
 def evaluate_exits(session: Session, boxes: str | None = None) -> None:
-    """Send all images to every exit; with a CSV of boxes, also tell how much of them the region covers."""
+    """Send all images to every exit; with a CSV of boxes, also measure how much of them the region covers."""
     dataset, extra = session.dataset(), {}
     coverage = Coverage(boxes, dataset, session) if boxes else None
     predictions = session.predict(dataset, coverage.add if coverage else None)

@@ -98,15 +98,15 @@ def explain_batch(
     model.eval()
     rows: list[dict[str, Any]] = [{} for _ in images]
     for step in cascade(model, images.to(next(model.parameters()).device), thresholds):
-        logits, shown = step.output.logits, model.picture(step.output.info)
-        maps = {"heat": square(shown.heat), "region": shown.region, "depth": square(shown.depth)}
+        logits, parts = step.output.logits, model.picture(step.output.info)
+        maps = {"heat": square(parts.heat), "region": parts.region, "depth": square(parts.depth)}
         maps = {name: value.cpu() for name, value in maps.items() if value is not None}
         grid = images.shape[-1] // model.patch_size
-        kept = [mask(index.cpu(), grid) for index in (shown.refined, *shown.kept) if index is not None]
+        kept = [mask(index.cpu(), grid) for index in (parts.refined, *parts.kept) if index is not None]
         predicted, top = logits.argmax(dim=-1).tolist(), confidence(logits).tolist()
         for at, row in enumerate(step.rows.tolist()):
             rows[row] |= dict(
-                exit=step.exit, predicted=predicted[at], confidence=top[at], blocks=shown.blocks
+                exit=step.exit, predicted=predicted[at], confidence=top[at], blocks=parts.blocks
             )
             rows[row] |= {name: value[at] for name, value in maps.items()} | {"kept": [m[at] for m in kept]}
     mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
@@ -139,7 +139,7 @@ def most_varied(
         thresholds: one per exit but the last.
 
     Raises:
-        ValueError: the model does not tell token depths.
+        ValueError: the model has no token depths.
     """
     best: dict[int, tuple[float, Explanation]] = {}
     with utils.progress(len(loader.dataset)) as bar:

@@ -30,7 +30,7 @@ class TrainedModel(NamedTuple):
         name: registered name.
         kwargs: constructor arguments.
         config: how images become model input, see `datasets.DATA_CONFIG`.
-        class_names: in the model's order; None where the checkpoint does not tell.
+        class_names: in the model's order; None where the checkpoint lacks them.
         checkpoint: its keys.
     """
 

@@ -221,7 +221,7 @@ class StreamState:
         self.apply_decisions(0)
 
     def first_undecided(self) -> int:
-        """Return the number of the first image whose exit is not known yet."""
+        """Return the number of the first image whose exit is undecided."""
         numbers = [int(decision.inputs.numbers[0]) for decision in self.decisions]
         numbers += [int(queue.parts[0].numbers[0]) for queue in self.queues if queue.count]
         return min(numbers, default=self.total)

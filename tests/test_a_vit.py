@@ -459,7 +459,7 @@ def test_cost_is_told_per_image_and_the_gate_gives_a_curve(
     infer = ["dynamic_inference", "--checkpoint_path", halting / "checkpoint.pth", "--data_url", folder]
     infer += ["--num_workers", 0, "--device", "cpu"]
     report = tmp_path / "report.json"
-    ended = command(*infer, "--vary", "gate_center", 0, 4, 1000, "--results", report)
+    ended = command(*infer, "--vary", "gate_center", 0, 4, 200, "--results", report)
     assert ended.code == 0, ended.err
     costs, _ = json.loads(report.read_text())["budgeted_batch_classification"]
     model = timm.create_model("avit_deit_nano", num_classes=4, patch_size=8)
