@@ -240,7 +240,7 @@ def build_dataset(
 
 
 def check_classes(dataset: Dataset, num_classes: int) -> None:
-    """Raise ValueError where the classes of a data set cannot be those of a model.
+    """Raise InputError where the classes of a data set cannot be those of a model.
 
     Where a checkpoint names its classes, `build_dataset` has given them to the data set, however few of them
     the folders hold.
@@ -273,7 +273,7 @@ def train_transform(img_size: int, config: dict[str, Any], **augmentation: Any) 
 
 
 def make_transform(img_size: int, **options: Any) -> Callable:
-    """Make timm's transform; raise ValueError for options that timm refuses with other exceptions."""
+    """Make timm's transform; raise InputError for options that timm refuses with other exceptions."""
     try:
         return create_transform(img_size, **options)
     except (AssertionError, AttributeError, KeyError, NotImplementedError, TypeError) as error:

@@ -118,7 +118,7 @@ def by_main(context: Context, function: Callable[[], Any]) -> Any:
     """Call a function in the main process alone and return its result there, None in the others.
 
     Raises:
-        ValueError, OSError, MainError: the function raised it; all processes then do.
+        InputError, OSError, MainError: the function raised it; all processes then do.
     """
     result = error = None
     if context.is_main:
@@ -260,7 +260,7 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises ValueError for a wrong command line, and takes finite numbers only."""
+    """An argument parser that raises InputError for a wrong command line, and takes finite numbers only."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{"formatter_class": Defaults} | kwargs)

@@ -91,7 +91,7 @@ def parse() -> argparse.Namespace:
 
 
 def stored_curve(checkpoint: dict[str, Any], file: str, results: str | None) -> Results:
-    """Return the results of a checkpoint, or of a JSON file in its stead; ValueError if there is no curve."""
+    """Return the results of a checkpoint, or of a JSON file in its stead; InputError if there is no curve."""
     stored = Results.of(load_json(results) if results else checkpoint)
     if stored.budgeted_batch_classification is None:
         raise InputError(f"{results or file} holds no curve: run dynamic_inference.py --eval-mode 1 first")

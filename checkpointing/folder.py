@@ -56,7 +56,7 @@ def load_newest(folder: Path) -> tuple[Path | None, dict[str, Any]]:
         path = checkpoint_path(folder, number)
         try:
             return path, load_checkpoint(path)
-        except ValueError as caught:
+        except InputError as caught:
             error = error or caught
     if error:
         raise InputError(f"{error}, nor is any before it: remove them to start anew")
@@ -72,7 +72,7 @@ def set_damaged_aside(folder: Path, good: Path) -> None:
         try:
             load_checkpoint(path)
             return  # the user wants to go back
-        except ValueError as error:
+        except InputError as error:
             log.warning("%s: going on from %s", error, good.name)
         os.replace(path, path.with_name(path.name + ".damaged"))
 

@@ -92,7 +92,7 @@ def check_arguments(parser: argparse.ArgumentParser, values: dict[str, Any], sou
     """Check saved arguments: each, given to its flag, has to be what the parser makes of it.
 
     Args:
-        parser: raises ValueError for what it does not take; every argument has a flag of its own name.
+        parser: raises InputError for what it does not take; every argument has a flag of its own name.
         values: None stands for one that was not given.
 
     Raises:

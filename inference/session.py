@@ -104,7 +104,7 @@ class ResultFile(NamedTuple):
     json: Path | None = None
 
     def check(self) -> None:
-        """Raise ValueError where the checkpoint has a layout that takes no results."""
+        """Raise InputError where the checkpoint has a layout that takes no results."""
         if self.json is None and not isinstance(read_file(self.checkpoint).get("model"), dict):
             raise InputError(f"{self.checkpoint} takes no results: name a JSON file for them with --results")
 

@@ -33,7 +33,7 @@ log = logging.getLogger("adaptive-vit")
 
 
 def import_extra(package: str, purpose: str) -> ModuleType:
-    """Import a package that only some data sets need; ValueError where it is missing."""
+    """Import a package that only some data sets need; InputError where it is missing."""
     try:
         return import_module(package)
     except ModuleNotFoundError as error:
@@ -136,7 +136,7 @@ def environment(path: str) -> "lmdb.Environment":
 
 
 def entry(path: str, key: bytes) -> bytes | None:
-    """Return the value of a key, None if there is none; ValueError where the file is damaged."""
+    """Return the value of a key, None if there is none; InputError where the file is damaged."""
     lmdb = import_lmdb()
     try:
         with environment(path).begin() as transaction:

@@ -18,7 +18,7 @@ log = logging.getLogger("adaptive-vit")
 MAX_ASPECT = 500  # longer side over shorter: resizing the shorter one to model input would take gigabytes
 
 
-class BadImageError(ValueError):
+class BadImageError(InputError):
     """Tell that an image cannot be read; a loading process passes only the message on.
 
     Attributes:
