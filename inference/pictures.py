@@ -23,7 +23,7 @@ from checkpointing.format import Results
 from engine import cascade
 from models import Adaptive
 from models.exits import confidence
-from utils import log
+from utils import InputError, log
 
 PANEL = 224  # pixels a side; smaller images are enlarged by a whole factor
 GAP, SHEET_GAP, HEAD, BAR = 4, 12, 22, 36  # pixels: between panels and pictures, the headline, the colour bar
@@ -98,15 +98,15 @@ def explain_batch(
     model.eval()
     rows: list[dict[str, Any]] = [{} for _ in images]
     for step in cascade(model, images.to(next(model.parameters()).device), thresholds):
-        logits, shown = step.output.logits, model.picture(step.output.info)
-        maps = {"heat": square(shown.heat), "region": shown.region, "depth": square(shown.depth)}
+        logits, parts = step.output.logits, model.picture(step.output.info)
+        maps = {"heat": square(parts.heat), "region": parts.region, "depth": square(parts.depth)}
         maps = {name: value.cpu() for name, value in maps.items() if value is not None}
         grid = images.shape[-1] // model.patch_size
-        kept = [mask(index.cpu(), grid) for index in (shown.refined, *shown.kept) if index is not None]
+        kept = [mask(index.cpu(), grid) for index in (parts.refined, *parts.kept) if index is not None]
         predicted, top = logits.argmax(dim=-1).tolist(), confidence(logits).tolist()
         for at, row in enumerate(step.rows.tolist()):
             rows[row] |= dict(
-                exit=step.exit, predicted=predicted[at], confidence=top[at], blocks=shown.blocks
+                exit=step.exit, predicted=predicted[at], confidence=top[at], blocks=parts.blocks
             )
             rows[row] |= {name: value[at] for name, value in maps.items()} | {"kept": [m[at] for m in kept]}
     mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
@@ -139,14 +139,14 @@ def most_varied(
         thresholds: one per exit but the last.
 
     Raises:
-        ValueError: the model does not tell token depths.
+        InputError: the model has no token depths.
     """
     best: dict[int, tuple[float, Explanation]] = {}
     with utils.progress(len(loader.dataset)) as bar:
         for images, labels in loader:
             for item in explain_batch(model, images, labels, config, thresholds):
                 if item.depth is None:
-                    raise ValueError(
+                    raise InputError(
                         f"{type(model).__name__} has no token depths to draw by class:"
                         " take a model whose tokens halt"
                     )
@@ -274,11 +274,11 @@ def save(picture: Tensor, path: Path) -> None:
     """Write a picture in the format that the name says.
 
     Raises:
-        ValueError: it says none.
+        InputError: it says none.
     """
     form = Image.registered_extensions().get(path.suffix.lower())
     if form is None:
-        raise ValueError(f"{path} is no name of a picture: take one such as picture.png")
+        raise InputError(f"{path} is no name of a picture: take one such as picture.png")
     utils.write_atomically(path, lambda temporary: to_pil_image(picture).save(temporary, form))
 
 

@@ -25,7 +25,7 @@ class CFViT(TwoStageViT):
         alpha: share of the coarse patches that are refined, in (0, 1].
 
     Raises:
-        ValueError: alpha is out of range.
+        InputError: alpha is out of range.
     """
 
     stage_names = ("coarse", "fine")

@@ -29,7 +29,7 @@ class LFViT(TwoStageViT):
         alpha: share of the region's patches that are refined, in (0, 1].
 
     Raises:
-        ValueError: region_size or alpha is out of range.
+        InputError: region_size or alpha is out of range.
     """
 
     stage_names = ("location", "focus")

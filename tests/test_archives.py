@@ -228,6 +228,7 @@ def test_two_ranks_of_two_workers_evaluate_every_image_once_in_order(
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_of_two_workers_train_on_every_image_once(kind: str, by_two: dict[str, dict]) -> None:
     """Shares are made equal: of 41 images one is seen twice. 21 fill batches of 3: none is left out."""

@@ -183,6 +183,7 @@ def test_evaluation_repeats_the_log(command: Command, folder: Path, trained: Pat
     assert printed == {key: f"{value:.3f}" for key, value in entry.items() if key.startswith("test_")}
 
 
+@pytest.mark.slow
 def test_evaluation_prepares_images_as_training_did(command: Command, folder: Path, tmp_path: Path) -> None:
     shared = [*TRAIN, "--data-path", folder, "--epochs", 1]
     assert command("main_deit", *shared, "--crop-pct", 0.5, "--output_dir", tmp_path).code == 0
@@ -190,6 +191,7 @@ def test_evaluation_prepares_images_as_training_did(command: Command, folder: Pa
     assert f"test_exit0_loss {log_of(tmp_path)[0]['test_exit0_loss']:.3f}" in printed
 
 
+@pytest.mark.slow
 def test_a_small_folder_trains_in_smaller_batches(command: Command, folder: Path, tmp_path: Path) -> None:
     arguments = ["--data-path", folder, "--output_dir", tmp_path, "--epochs", 1, "--batch-size", 66]
     ended = command("main_deit", *TRAIN, *arguments)
@@ -224,6 +226,7 @@ def test_other_precision_and_layout_train(
     assert 1 < log_of(tmp_path)[0]["train_loss"] < 3
 
 
+@pytest.mark.slow
 def test_any_model_of_timm_can_be_the_baseline(
     command: Command, folder: Path, sharp: Path, tmp_path: Path
 ) -> None:
@@ -305,6 +308,7 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(
     assert log_of(tmp_path / "run") == log_of(trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repeats", ["--repeated-aug", "--no-repeated-aug"])
 def test_every_epoch_has_its_own_order(
     repeats: str, command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -330,6 +334,7 @@ def test_finished_run_is_left_alone(command: Command, folder: Path, trained: Pat
     assert (output / "checkpoint.pth").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_finetuning_starts_from_the_given_weights(
     command: Command, folder: Path, sharp: Path, tmp_path: Path
 ) -> None:
@@ -530,6 +535,7 @@ def test_budget_from_another_split(
     assert [row[:2] for row in rows[1:]] == [["calibration", "64"], ["test", "40"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["geometric", "joint"])
 def test_solved_thresholds_are_stored_and_used_again(
     solver: str, command: Command, folder: Path, checkpoint: Path, answers: Answers

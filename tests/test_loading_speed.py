@@ -196,6 +196,7 @@ SMALL = "deit_nano:embed_dim=32,depth=2,num_heads=2"
 QUICK = ["--loader", "--models", SMALL, "--device", "cpu", "--repeats", 2, "--seconds", 0, "--num_workers", 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", [True, False])
 def test_the_table_holds_all_variants(
     made: bool, command: Command, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
