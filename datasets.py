@@ -1,19 +1,18 @@
-"""Image folders, CIFAR, iNaturalist and archives as loaders. Nothing here knows a method."""
+"""Name the data sets, open their splits and make the transforms of their images, whatever the method."""
 
 import argparse
 import json
-import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch.utils.data import Dataset
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from loading.archives import Lmdb, Shards
 from loading.hugging_face import HuggingFace
@@ -21,17 +20,20 @@ from loading.images import load_image
 from loading.token_labels import label_path, load_label
 
 DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "CIFAR100", "INAT", "INAT19")
-log = logging.getLogger("adaptive-vit")
 INAT_CATEGORIES = ("name", "kingdom", "phylum", "class", "order", "supercategory", "family", "genus")
 
-# How an image becomes model input, unless a checkpoint or the command line says otherwise.
+# Preparation of model input, unless a checkpoint or the command line says otherwise.
 DATA_CONFIG = dict(
     mean=list(IMAGENET_DEFAULT_MEAN), std=list(IMAGENET_DEFAULT_STD), crop_pct=0.875, interpolation="bicubic"
 )
 
 
-class Folder(ImageFolder):
-    """A tree with one folder per class; the classes may be given, so that splits agree on their numbers.
+class Images(Dataset):
+    """Read image files, each with a number; an item is (image, number).
+
+    Args:
+        samples: file and number of each image.
+        transform: from image to model input.
 
     Attributes:
         side: see images.load_image.
@@ -39,38 +41,59 @@ class Folder(ImageFolder):
 
     side = 0
 
+    def __init__(self, samples: list[tuple[str | Path, int]], transform: Callable | None = None):
+        self.samples, self.transform = samples, transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def load(self, index: int) -> Image.Image:
+        return load_image(self.samples[index][0], side=self.side)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = self.load(index)
+        return (self.transform(image) if self.transform else image), self.samples[index][1]
+
+
+class Folder(Images):
+    """Read a tree with one folder per class; the number of an image is its class.
+
+    Args:
+        root: of the tree.
+        transform: from image to model input.
+        classes: class names in the model's order; default: the folders in sorted order.
+
+    Raises:
+        FileNotFoundError: there is no folder or no image.
+        ValueError: a folder is none of the given classes.
+    """
+
     def __init__(self, root: Path, transform: Callable | None = None, classes: list[str] | None = None):
-        self.given = classes
-        super().__init__(str(root), transform, loader=self.load, allow_empty=True)
+        folders = sorted(entry.name for entry in Path(root).iterdir() if entry.is_dir())
+        if not folders:
+            raise FileNotFoundError(f"no class folder in {root}")
+        self.root, self.classes = root, classes or folders
+        if unknown := sorted(set(folders) - set(self.classes)):
+            raise ValueError(
+                f"{root} has the class folder {unknown[0]!r}, which is not among the model's classes"
+            )
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        super().__init__(make_dataset(str(root), numbers, IMG_EXTENSIONS, allow_empty=True), transform)
         if not self.samples:
             raise FileNotFoundError(
                 f"no image below {root}: expected a folder per class with .jpg, .png, ... files"
             )
 
-    def load(self, path: str) -> Image.Image:
-        return load_image(path, side=self.side)
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        found = sorted(entry.name for entry in Path(directory).iterdir() if entry.is_dir())
-        if not found:
-            raise FileNotFoundError(f"no class folder in {directory}")
-        classes = self.given or found
-        if unknown := sorted(set(found) - set(classes)):
-            raise ValueError(
-                f"{directory} has the class folder {unknown[0]!r}, which is not among the model's classes"
-            )
-        return classes, {name: i for i, name in enumerate(classes)}
-
 
 class TokenLabelled(Dataset):
-    """Images of a folder tree with their token labels.
+    """Read the images of a folder tree with their token labels.
 
-    Yields what `transform(image, label)` returns, see models.token_labels.PairedTransform.
+    An item is the result of `transform(image, label)`, see token_labels.PairedTransform.
     """
 
     def __init__(self, folder: Folder, labels: str | Path, transform: Callable):
         self.folder, self.labels, self.classes, self.transform = folder, labels, folder.classes, transform
-        self.label(0)  # a missing folder is told at once
+        self.label(0)  # raises at once where the folder is missing
 
     def __len__(self) -> int:
         return len(self.folder)
@@ -79,20 +102,14 @@ class TokenLabelled(Dataset):
         return load_label(label_path(self.labels, self.folder.samples[index][0]), len(self.classes))
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
-        image = self.folder.load(self.folder.samples[index][0])
-        return self.transform(image, self.label(index))
+        return self.transform(self.folder.load(index), self.label(index))
 
 
-class INaturalist(Dataset):
-    """iNaturalist 2018 / 2019 from its JSON annotations.
+class INaturalist(Images):
+    """Read iNaturalist 2018 or 2019 by its JSON annotations.
 
     A class is a value of `category`, numbered by first appearance in the training annotations.
-
-    Attributes:
-        side: see images.load_image.
     """
-
-    side = 0
 
     def __init__(self, root: Path, year: int, split: str, category: str, transform: Callable | None = None):
         files = [root / f"{part}{year}.json" for part in ("train", "train" if split == "train" else "val")]
@@ -105,39 +122,23 @@ class INaturalist(Dataset):
         seen = dict.fromkeys(of_category[entry["category_id"]] for entry in train["annotations"])
         self.classes = list(seen)
         numbers = {name: i for i, name in enumerate(self.classes)}
-        known = {number for number, name in of_category.items() if name in numbers}
-        self.samples = []
+        trained = {number for number, name in of_category.items() if name in numbers}
+        samples = []
         for image in own["images"]:
             parts = image["file_name"].split("/")  # split, kingdom, category id, file
-            if int(parts[2]) not in known:
+            if int(parts[2]) not in trained:
                 raise ValueError(
                     f"{files[1]}: {image['file_name']} is of a class without a training annotation"
                 )
-            self.samples.append((root / parts[0] / parts[2] / parts[3], numbers[of_category[int(parts[2])]]))
-        if self.samples and not self.samples[0][0].exists():  # the archives keep the kingdom in the path
-            self.samples = [
-                (root / image["file_name"], label)
-                for image, (_, label) in zip(own["images"], self.samples, strict=True)
-            ]
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        path, label = self.samples[index]
-        image = load_image(path, side=self.side)
-        return (self.transform(image) if self.transform else image), label
+            samples.append((root / parts[0] / parts[2] / parts[3], numbers[of_category[int(parts[2])]]))
+        if samples and not samples[0][0].exists():  # the archives keep the kingdom in the path
+            names = [image["file_name"] for image in own["images"]]
+            samples = [(root / name, label) for name, (_, label) in zip(names, samples, strict=True)]
+        super().__init__(samples, transform)
 
 
-class Files(Dataset):
-    """Unlabelled pictures: a file, or every image below a folder; yields (image, index).
-
-    Attributes:
-        side: see images.load_image.
-    """
-
-    side = 0
+class Files(Images):
+    """Read unlabelled pictures, a file or every image below a folder; the number of an image is its index."""
 
     def __init__(self, path: str | Path, transform: Callable | None = None):
         path = Path(path)
@@ -146,17 +147,10 @@ class Files(Dataset):
         self.paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if is_image(p))
         if not self.paths:
             raise FileNotFoundError(f"no image below {path}")
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = load_image(self.paths[index], side=self.side)
-        return (self.transform(image) if self.transform else image), index
+        super().__init__([(path, index) for index, path in enumerate(self.paths)], transform)
 
     def in_original(self, index: int, box: list[int], img_size: int, config: dict[str, Any]) -> list[int]:
-        """Turns left, top, right, bottom in model input into pixels of the picture on disk."""
+        """Map left, top, right, bottom in model input to pixels of the picture on disk."""
         with Image.open(self.paths[index]) as image:
             sides = image.size
         scale = min(sides) / math.floor(img_size / config["crop_pct"])  # of eval_transform's resize
@@ -169,84 +163,83 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
 
 
+class DataSource(NamedTuple):
+    """Tell where labelled images come from.
+
+    Attributes:
+        data_set: one of DATA_SETS; IMNET is any folder tree root/split/class/image, CIFAR is CIFAR-100. Or
+            wds/NAME, hfds/NAME as timm.data.create_dataset takes them.
+        root: the data folder, for archives as archives.Shards and hugging_face.HuggingFace take it.
+        category: iNaturalist: the level of the taxonomy that is the class.
+        use_lmdb: IMNET: read root/split.lmdb instead of the folders.
+        download: CIFAR: fetch it if it is not there.
+    """
+
+    data_set: str
+    root: str | Path
+    category: str = "name"
+    use_lmdb: bool = False
+    download: bool = False
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, root: str | Path) -> "DataSource":
+        """Read the flags of `add_data_arguments`."""
+        return cls(args.data_set, root, args.inat_category, args.use_lmdb)
+
+
 def build_dataset(
-    data_set: str,
-    root: str | Path,
+    source: DataSource,
     split: str,
     transform: Callable | None = None,
     classes: list[str] | None = None,
-    category: str = "name",
-    download: bool = False,
-    use_lmdb: bool = False,
 ) -> Dataset:
-    """One split of a data set, with its class names as `classes`.
+    """Open one split of a data set, with its class names as `classes`.
 
     Args:
-        data_set: one of DATA_SETS; IMNET is any folder tree root/split/class/image, CIFAR is CIFAR-100. Or
-            wds/NAME, hfds/NAME as timm.data.create_dataset takes them.
-        root: the data folder, see archives.Shards and hugging_face.HuggingFace for theirs.
+        source: the data set and its folder.
         split: "train", "val" or another folder name; `validation` and `test` stand in for a missing `val`.
         transform: from image to model input.
         classes: class names in the model's order (folders and archives); default: the folders in sorted
             order, or the archive's own.
-        category: iNaturalist: the level of the taxonomy that is the class.
-        download: CIFAR: fetch it if it is not there.
-        use_lmdb: IMNET: read root/split.lmdb instead of the folders.
 
     Raises:
         FileNotFoundError: the folder, the split or its images are not there.
         ValueError: the data set is unknown, or a class folder is, or an archive cannot be read.
     """
-    root = Path(root)
-    names = [split] + (["validation", "test"] if split == "val" else [])
+    data_set, root = source.data_set, Path(source.root)
+    splits = [split] + (["validation", "test"] if split == "val" else [])
     kind, _, name = data_set.partition("/")
-    if use_lmdb:
+    if source.use_lmdb:
         if data_set != "IMNET":
             raise ValueError(f"--use-lmdb goes with --data-set IMNET, not with {data_set}")
-        files = [root / f"{name}.lmdb" for name in names]
+        files = [root / f"{split}.lmdb" for split in splits]
         return Lmdb(next((file for file in files if file.is_file()), files[0]), transform, classes)
     if kind == "wds":
-        return Shards(root, names, transform, classes)
+        return Shards(root, splits, transform, classes)
     if kind == "hfds":
-        return HuggingFace(name, root, names, transform, classes)
+        return HuggingFace(name, root, splits, transform, classes)
     if data_set == "IMNET":
-        found = [root / name for name in names if (root / name).is_dir()]
-        if not found:
+        folders = [root / split for split in splits if (root / split).is_dir()]
+        if not folders:
             raise FileNotFoundError(
                 f"no folder {root / split}: the data folder needs one folder per class in it"
             )
-        return Folder(found[0], transform, classes)
+        return Folder(folders[0], transform, classes)
     if data_set in ("CIFAR", "CIFAR10", "CIFAR100"):
         cifar = CIFAR10 if data_set == "CIFAR10" else CIFAR100
         try:
-            return cifar(str(root), train=split == "train", transform=transform, download=download)
+            return cifar(str(root), train=split == "train", transform=transform, download=source.download)
         except RuntimeError as error:
             raise FileNotFoundError(
                 f"no {cifar.__name__} below {root}: unpack it there or add --download"
             ) from error
     if data_set in ("INAT", "INAT19"):
-        return INaturalist(root, 2018 if data_set == "INAT" else 2019, split, category, transform)
+        return INaturalist(root, 2018 if data_set == "INAT" else 2019, split, source.category, transform)
     raise ValueError(f"unknown data set {data_set!r}: take one of {', '.join(DATA_SETS)}")
 
 
-def data_set_name(text: str) -> str:
-    """A value of --data-set; argparse tells the error."""
-    if text in DATA_SETS or text.startswith(("wds/", "hfds/")):
-        return text
-    raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(DATA_SETS)}, wds/NAME, hfds/NAME")
-
-
-def add_data_arguments(parser: argparse._ActionsContainer) -> None:
-    """Adds the flags that say what the data folder holds."""
-    names = f"{', '.join(DATA_SETS)}, wds/NAME or hfds/NAME; IMNET is any tree of class folders"
-    parser.add_argument("--data-set", default="IMNET", type=data_set_name, metavar="NAME", help=names)
-    lmdb = "read DIR/SPLIT.lmdb, see scripts/folder2lmdb.py"
-    parser.add_argument("--use-lmdb", action="store_true", help=lmdb)
-    parser.add_argument("--inat-category", default="name", choices=INAT_CATEGORIES)
-
-
 def check_classes(dataset: Dataset, num_classes: int) -> None:
-    """Raises ValueError where the classes of a data set cannot be those of a model.
+    """Raise ValueError where the classes of a data set cannot be those of a model.
 
     Where a checkpoint names its classes, `build_dataset` has given them to the data set, however few of them
     the folders hold.
@@ -258,34 +251,56 @@ def check_classes(dataset: Dataset, num_classes: int) -> None:
         )
 
 
+# Transforms
+
+
 def data_config(recipe: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """How a model wants its images: as its checkpoint says, else its recipe, else ImageNet's way."""
+    """Return the preparation of a model's images: its checkpoint's over its recipe's over DATA_CONFIG."""
     own = {key: value for key, value in recipe.items() if key in DATA_CONFIG}
     return DATA_CONFIG | own | (checkpoint.get("data_config") or {})
 
 
 def eval_transform(img_size: int, config: dict[str, Any]) -> Callable:
-    """Resize of the shorter side to img_size / crop_pct, centre crop, normalisation."""
+    """Make timm's transform: shorter side to img_size / crop_pct, centre crop, normalisation."""
     return make_transform(img_size, is_training=False, **config)
 
 
 def train_transform(img_size: int, config: dict[str, Any], **augmentation: Any) -> Callable:
-    """timm's training transform; `augmentation` are arguments of timm.data.create_transform."""
+    """Make timm's training transform; `augmentation` are arguments of timm.data.create_transform."""
     config = {key: config[key] for key in ("mean", "std")}
     return make_transform(img_size, is_training=True, **config, **augmentation)
 
 
 def make_transform(img_size: int, **options: Any) -> Callable:
-    """timm's transform; ValueError for options that timm meets with exceptions of other kinds."""
+    """Make timm's transform; raise ValueError for options that timm refuses with other exceptions."""
     try:
         return create_transform(img_size, **options)
     except (AssertionError, AttributeError, KeyError, NotImplementedError, TypeError) as error:
-        told = ", ".join(f"{name} {value}" for name, value in options.items() if isinstance(value, str))
-        raise ValueError(f"timm makes no transform of {told} ({type(error).__name__} {error})") from error
+        named = ", ".join(f"{name} {value}" for name, value in options.items() if isinstance(value, str))
+        raise ValueError(f"timm makes no transform of {named} ({type(error).__name__} {error})") from error
 
 
-def add_bad_images(parser: argparse.ArgumentParser) -> None:
-    """Adds --max-bad-images, see images.BadImages."""
+# Command-line flags
+
+
+def data_set_name(text: str) -> str:
+    """Check a value of --data-set, as a type of argparse."""
+    if text in DATA_SETS or text.startswith(("wds/", "hfds/")):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(DATA_SETS)}, wds/NAME, hfds/NAME")
+
+
+def add_data_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add the flags of a `DataSource`, its folder apart."""
+    names = f"{', '.join(DATA_SETS)}, wds/NAME or hfds/NAME; IMNET is any tree of class folders"
+    parser.add_argument("--data-set", default="IMNET", type=data_set_name, metavar="NAME", help=names)
+    lmdb = "read DIR/SPLIT.lmdb, see scripts/folder2lmdb.py"
+    parser.add_argument("--use-lmdb", action="store_true", help=lmdb)
+    parser.add_argument("--inat-category", default="name", choices=INAT_CATEGORIES)
+
+
+def add_bad_images(parser: argparse._ActionsContainer) -> None:
+    """Add --max-bad-images, see images.BadImages."""
     parser.add_argument(
         "--max-bad-images",
         type=int,
@@ -296,8 +311,8 @@ def add_bad_images(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_device_normalize(parser: argparse.ArgumentParser) -> None:
-    """Adds --device-normalize, see loaders.OnDevice."""
+def add_device_normalize(parser: argparse._ActionsContainer) -> None:
+    """Add --device-normalize, see loaders.DeviceLoader."""
     parser.add_argument(
         "--device-normalize",
         action="store_true",

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from loading.loaders import Shard, to_device
 from loading.sampler import names_of_batch
 from models import Adaptive, StageOutput
+from models.cost import stage_gflops
 from models.exits import Predictions, choose_exits, confidence, uniform_thresholds
 from utils import MainError, gather, log, sum_over_ranks
 
@@ -381,7 +382,7 @@ def predict(
         on_batch: called with this process's images and outputs.
     """
     model.eval()
-    rows, own_costs = [], False
+    rows = []
     for batch in loader:
         images, target = precision.place(batch)
         with precision.autocast():
@@ -392,22 +393,26 @@ def predict(
         loss = F.cross_entropy(
             logits.transpose(1, 2), target[:, None].expand(-1, len(outputs)), reduction="none"
         )
-        cost = torch.zeros_like(loss)  # [B,E]
+        cost = torch.full_like(loss, math.nan)  # [B,E], of each stage where it depends on the image
         for k, out in enumerate(outputs):
             if (own := model.image_gflops(k, out.info)) is not None:
-                cost[:, k], own_costs = own, True
+                cost[:, k] = own
         columns = [confidence(logits), best[..., 0], best.any(dim=-1), loss, cost]
         rows.append(torch.stack(columns, dim=-1))  # [B,E,5]
     shard: Shard = loader.dataset
     table = torch.zeros(shard.total, model.num_exits, 5, device=precision.device)
     if rows:
         table[shard.read().to(table.device)] = torch.cat(rows)
-    if shard.world > 1:
+    if shard.world_size > 1:
         table = sum_over_ranks(table)
     shard.bad.report(precision.device)
     table = table[shard.bad.read().to(table.device)]
     first, best, best5, loss, cost = table.cpu().unbind(-1)
-    return Predictions(first, best.bool(), best5.bool(), loss, cost if own_costs else None)
+    fixed = cost.isnan()
+    if fixed.any() and not fixed.all():
+        cost = cost.where(~fixed, torch.tensor(stage_gflops(model)))
+    gflops = None if fixed.all() else cost.cumsum(dim=1)
+    return Predictions(first, best.bool(), best5.bool(), loss, gflops)
 
 
 def evaluate(

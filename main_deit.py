@@ -12,11 +12,9 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -29,16 +27,16 @@ from torch.utils.data import DataLoader, Dataset
 
 import datasets
 import utils
-from benchmarks.timing import report_speed
+from benchmarks.timing import count_gflops, report_speed
 from checkpointing.folder import checkpoint_interval, load_newest, locked, set_damaged_aside
 from checkpointing.format import load_checkpoint
 from checkpointing.run import Run, Settings
 from checkpointing.schema import check_arguments, damage_reported
 from engine import Objective, Precision, Update, evaluate, train_one_epoch
-from inference.pictures import contact_sheet, draw_classes, explain
+from inference.pictures import contact_sheet, draw_all, draw_classes, explain
 from loading import loaders
 from loading.images import Readable
-from loading.loaders import AS_BYTES, OnDevice
+from loading.loaders import AS_BYTES, DeviceLoader
 from loading.token_labels import PairedTransform, token_targets
 from models import Adaptive, flags, recipe_of
 from models.weights import (
@@ -291,20 +289,9 @@ def mixing_options(args: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def split_options(args: argparse.Namespace, may_download: bool) -> dict[str, Any]:
-    """Return arguments of build_dataset that all splits share."""
-    return dict(
-        data_set=args.data_set,
-        root=args.data_path,
-        category=args.inat_category,
-        download=args.download and may_download,
-        use_lmdb=args.use_lmdb,
-    )
-
-
 def loading_options(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Return arguments that both loaders take."""
-    options = dict(workers=args.num_workers, pin_memory=args.pin_mem and device.type == "cuda")
+    options = dict(num_workers=args.num_workers, pin_memory=args.pin_mem and device.type == "cuda")
     if args.num_workers:
         options |= dict(prefetch_factor=args.prefetch_factor, persistent_workers=args.persistent_workers)
     return options
@@ -484,7 +471,7 @@ class Data(NamedTuple):
         classes: their names.
     """
 
-    train: DataLoader | OnDevice
+    train: DataLoader | DeviceLoader
     readable: Readable
     val: DataLoader
     config: dict[str, Any]
@@ -514,6 +501,8 @@ def train_epochs(
     name, model, update = run.settings.constant["model_name"], run.model, run.update
     counts = run.parameters, len(data.readable), len(data.val.dataset.dataset)
     log.info("%s: %d parameters, %d training and %d validation images", name, *counts)
+    if run.context.is_main and (gflops := count_gflops(model, name)):
+        log.info("GFLOPs per exit: %s", ", ".join(f"{cost:.3f}" for cost in gflops))
     with run.started():
         while run.epoch < run.epochs:
             epoch = run.epoch
@@ -536,15 +525,15 @@ def train_epochs(
             accuracy = [f"{stage} {measures[f'test_exit{k}_acc1']:.2f}" for k, stage in exits]
             log.info("epoch %d: top-1 %s; best %.2f", epoch, ", ".join(accuracy), run.best)
             if run.log.board and picture_freq and epoch % picture_freq == 0:
-                run.log.board.add_image("regions", picture_of(model, data), epoch, dataformats="HWC")
+                run.log.board.add_image("regions", picture_of(model, data), epoch)
 
 
-def picture_of(model: Adaptive, data: Data) -> np.ndarray:
-    """Return a contact sheet [H,W,3] of what the model looks at in the first evaluation images."""
+def picture_of(model: Adaptive, data: Data) -> torch.Tensor:
+    """Return a contact sheet [3,H,W] of what the model looks at in the first evaluation images."""
     thresholds = [0.7] * (model.num_exits - 1)
     indices = data.val.dataset.bad.read()[:8].tolist()
     sheet = explain(model, data.val.dataset.dataset, indices, data.config, thresholds)
-    return np.asarray(contact_sheet(sheet, model.stage_names, data.classes))
+    return contact_sheet(draw_all(sheet, model.stage_names, data.classes))
 
 
 def main() -> None:
@@ -557,9 +546,10 @@ def main() -> None:
     trains = not (args.eval or args.demo or args.only_test_speed)
     with output_folder(folder, args.resume, context, trains):
         # Model; the number of classes comes from the training folders, or from the checkpoint.
-        open_split = partial(datasets.build_dataset, **split_options(args, context.is_local_main))
+        source = datasets.DataSource.of(args, args.data_path)
+        source = source._replace(download=args.download and context.is_local_main)
         with utils.main_first(context):
-            trainset = open_split(split="train") if trains else None
+            trainset = datasets.build_dataset(source, "train") if trains else None
         kwargs = model_kwargs(args, len(trainset.classes) if trainset else None)
         model, name, kwargs = build_model(checkpoint, args.resume or args.finetune, args.model, kwargs)
         if (args.test_speed or args.only_test_speed) and context.is_main:
@@ -571,13 +561,13 @@ def main() -> None:
         config = {key: getattr(args, key) for key in datasets.DATA_CONFIG}
         transform = datasets.eval_transform(model.img_size, config)
         classes = checkpoint.get("class_names") or (trainset.classes if trainset else None)
-        valset = open_split(split="val", transform=transform, classes=classes)
+        valset = datasets.build_dataset(source, "val", transform, classes)
         datasets.check_classes(valset, model.num_classes)
-        loading, share = loading_options(args, context.device), {}
-        if args.dist_eval and not args.demo:
-            share = dict(rank=context.rank, world=context.world_size)
-        bad = dict(max_bad=args.max_bad_images, bad_list=folder and folder / "bad_images.txt")
-        val_loader = loaders.eval_loader(valset, int(1.5 * args.batch_size), **share, **bad, **loading)
+        ranks = context.rank, context.world_size
+        limits = args.max_bad_images, folder and folder / "bad_images.txt"
+        shard = loaders.Shard(valset, *(ranks if args.dist_eval and not args.demo else (0, 1)), *limits)
+        loading = loading_options(args, context.device)
+        val_loader = loaders.EvalLoader(shard, int(1.5 * args.batch_size), **loading)
         if args.demo:
             return draw_demo(model, val_loader, config, folder) if context.is_main else None
         if args.eval:
@@ -585,13 +575,13 @@ def main() -> None:
         # Training data
         trainset.side = 2 * model.img_size if args.fast_decode else 0
         augmentation, labels = augmentation_options(args), args.token_label_data if args.token_label else None
-        readable = Readable(augmented(trainset, model.img_size, config, augmentation, labels), *bad.values())
+        readable = Readable(augmented(trainset, model.img_size, config, augmentation, labels), *limits)
         order = dict(repeats=3 if args.repeated_aug else 1, seed=args.seed)
-        order |= dict(rank=context.rank, world=context.world_size)
+        order |= dict(rank=ranks[0], world_size=ranks[1])
         train_loader = loaders.train_loader(readable, args.batch_size, **order, **loading)
         if args.device_normalize:
             erasing = {key: augmentation[key] for key in ("re_prob", "re_mode", "re_count")}
-            train_loader = OnDevice(train_loader, context.device, config, **erasing)
+            train_loader = DeviceLoader(train_loader, context.device, config, **erasing)
         data = Data(train_loader, readable, val_loader, config, list(trainset.classes))
         # Optimizer; wrapping gives all processes the weights that the moving average starts from.
         wrapped, batch_size = in_parallel(model, context, args.compile), train_loader.batch_size

@@ -1,41 +1,34 @@
 """Pictures of what a model looks at, and of what early exit costs and gives.
 
-    python visualize.py --model lf_deit_nano --resume output/nano/checkpoint.pth --data-path data/digits \\
-        --output_dir pictures
-    python visualize.py --resume output/avit/checkpoint.pth --data-path data/digits --per-class
-    python visualize.py --resume output/nano/checkpoint.pth --curve --output_dir pictures
+python visualize.py --resume output/nano/checkpoint.pth --data-path data/digits --output_dir pictures
+python visualize.py --resume output/nano/checkpoint.pth --data-path data/digits --per-class
+python visualize.py --resume output/nano/checkpoint.pth --curve --output_dir pictures
 """
 
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import datasets
 import utils
 from checkpointing.format import Results, load_checkpoint, load_json
-from inference.pictures import (
-    Line,
-    contact_sheet,
-    draw_classes,
-    draw_curve,
-    explain,
-    picture,
-    save,
-)
+from inference.pictures import contact_sheet, draw_all, draw_classes, draw_curve, explain, save
+from inference.session import open_model
 from loading import loaders
 from models import flags
-from models.weights import model_from_checkpoint
 from utils import log
 
 
-def parse_baseline(text: str) -> tuple[str, float, float]:
+def baseline(text: str) -> tuple[str, float, float]:
+    """Read a value of --baseline; argparse reports the error."""
     try:
         name, gflops, accuracy = text.rsplit(":", 2)
         return name, float(gflops), float(accuracy)
     except ValueError as error:
-        raise ValueError(f"--baseline takes NAME:GFLOPS:ACCURACY, not {text!r}") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME:GFLOPS:ACCURACY") from error
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -69,86 +62,83 @@ def make_parser() -> argparse.ArgumentParser:
     add("--curve", action="store_true", help="draw accuracy against GFLOPs instead, from stored results")
     add("--results", metavar="FILE", help="with --curve: take the results from this JSON, not the checkpoint")
     add(
-        "--baseline", metavar="NAME:GFLOPS:ACCURACY", action="append", default=[], help="a point of the curve"
+        "--baseline",
+        type=baseline,
+        metavar="NAME:GFLOPS:ACCURACY",
+        action="append",
+        default=[],
+        help="a point of the curve",
     )
     return parser
 
 
-def draw_stored_curve(args: argparse.Namespace, folder: Path) -> None:
-    checkpoint = load_checkpoint(args.resume)
-    stored = load_json(args.results) if args.results else checkpoint
-    results = Results.of(stored)
-    if results.budgeted_batch_classification is None:
-        raise ValueError(
-            f"{args.results or args.resume} holds no curve: run dynamic_inference.py --eval-mode 1 first"
-        )
-    name = args.model or checkpoint.get("model_name") or Path(args.resume).stem
-    baselines = [parse_baseline(text) for text in args.baseline]
-    folder.mkdir(parents=True, exist_ok=True)
-    draw_curve([Line(name, results)], folder / "curve.png", baselines)
-    log.info("wrote %s", folder / "curve.png")
+def parse() -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        ValueError: a value is out of range, flags do not go together, or there is nothing to draw.
+    """
+    args = make_parser().parse_args()
+    if args.per_class and (args.images or not args.data_path):
+        raise ValueError("--per-class needs labelled images: --data-path DIR, without --images")
+    if not (args.images or args.data_path or args.curve):
+        raise ValueError("nothing to draw: give --data-path DIR or --images PATH, or --curve")
+    utils.check_range("--threshold", args.threshold, 0, 1)
+    for name in ("num_images", "batch_size", "columns"):
+        utils.check_range(f"--{name.replace('_', '-')}", getattr(args, name), 1)
+    utils.check_range("--max-bad-images", args.max_bad_images, 0)
+    return args
+
+
+def stored_curve(checkpoint: dict[str, Any], file: str, results: str | None) -> Results:
+    """Return the results of a checkpoint, or of a JSON file in its stead; ValueError if there is no curve."""
+    stored = Results.of(load_json(results) if results else checkpoint)
+    if stored.budgeted_batch_classification is None:
+        raise ValueError(f"{results or file} holds no curve: run dynamic_inference.py --eval-mode 1 first")
+    return stored
 
 
 def main() -> None:
-    args = make_parser().parse_args()
+    args = parse()
     context = utils.start(args.device)
     utils.start_logging(context)
-    folder = Path(args.output_dir)
+    folder, checkpoint = Path(args.output_dir), load_checkpoint(args.resume)
     if args.curve:
-        return draw_stored_curve(args, folder)
-    if args.per_class and (args.images or not args.data_path):
-        raise ValueError("--per-class needs labelled images: --data-path DIR, without --images")
-    utils.check_range("--threshold", args.threshold, 0, 1)
-    utils.check_range("--num-images", args.num_images, 1)
-    utils.check_range("--batch-size", args.batch_size, 1)
-    utils.check_range("--max-bad-images", args.max_bad_images, 0)
-    utils.check_range("--columns", args.columns, 1)
-    checkpoint = load_checkpoint(args.resume)
-    model, _, _ = model_from_checkpoint(
-        checkpoint, args.resume, args.model, flags.constructor_kwargs(vars(args)), args.use_ema
-    )
-    model.to(context.device)
-    config = datasets.data_config(model.recipe, checkpoint)
-    transform = datasets.eval_transform(model.img_size, config)
-    classes = checkpoint.get("class_names")
+        results = stored_curve(checkpoint, args.resume, args.results)
+        name = args.model or checkpoint.get("model_name") or Path(args.resume).stem
+        folder.mkdir(parents=True, exist_ok=True)
+        draw_curve({name: results}, folder / "curve.png", args.baseline)
+        return log.info("wrote %s", folder / "curve.png")
+    # The model, and which images
+    kwargs = flags.constructor_kwargs(vars(args))
+    trained = open_model(checkpoint, args.resume, args.model, kwargs, args.use_ema)
+    model, classes = trained.model.to(context.device), trained.class_names
     if args.images:
-        dataset = datasets.Files(args.images, transform)
+        dataset = datasets.Files(args.images, trained.transform())
         indices = range(len(dataset))
-    elif args.data_path:
-        dataset = datasets.build_dataset(
-            args.data_set,
-            args.data_path,
-            args.split,
-            transform,
-            classes,
-            args.inat_category,
-            use_lmdb=args.use_lmdb,
-        )
-        datasets.check_classes(dataset, model.num_classes)
+    else:
+        dataset = trained.dataset(datasets.DataSource.of(args, args.data_path), args.split)
         classes = dataset.classes
         indices = np.random.default_rng(args.seed).permutation(len(dataset))[: args.num_images].tolist()
-    else:
-        raise ValueError("nothing to draw: give --data-path DIR or --images PATH, or --curve")
-    thresholds = [args.threshold] * (model.num_exits - 1)
-    bad = dict(max_bad=args.max_bad_images, bad_list=folder / "bad_images.txt")
+    run = dict(config=trained.config, thresholds=trained.thresholds(args.threshold))
+    shard = loaders.Shard(dataset, max_bad=args.max_bad_images, bad_list=folder / "bad_images.txt")
+    # The pictures
     if args.per_class:
-        loader = loaders.eval_loader(dataset, args.batch_size, args.num_workers, **bad)
-        return draw_classes(model, loader, config, thresholds, folder, classes, args.columns)
+        loader = loaders.EvalLoader(shard, args.batch_size, num_workers=args.num_workers)
+        return draw_classes(model, loader, **run, folder=folder, classes=classes, columns=args.columns)
     if args.max_bad_images:
-        indices = loaders.readable(loaders.Shard(dataset, **bad), indices)
-    items = explain(model, dataset, indices, config, thresholds, args.batch_size, labelled=not args.images)
+        indices = loaders.readable(shard, indices)
+    items = explain(model, dataset, indices, **run, batch_size=args.batch_size, labelled=not args.images)
+    pictures = draw_all(items, model.stage_names, classes)
     folder.mkdir(parents=True, exist_ok=True)
     for number, (index, item) in enumerate(zip(indices, items, strict=True), 1):
-        stage = model.stage_names[item.exit]
-        if args.images:
-            name = f"{dataset.paths[index].stem}_{stage}_index{number}.png"
-            if args.save_name and len(items) == 1:
-                name = Path(args.save_name).name
-        else:
-            outcome = "right" if item.predicted == item.label else "wrong"
-            name = f"label{item.label}_{outcome}_{stage}_index{number}.png"
-        save(picture(item, model.stage_names, classes), folder / name)
-    save(contact_sheet(items, model.stage_names, classes, args.columns), folder / "contact_sheet.png")
+        start = f"label{item.label}_{'right' if item.predicted == item.label else 'wrong'}"
+        start = dataset.paths[index].stem if args.images else start
+        name = f"{start}_{model.stage_names[item.exit]}_index{number}.png"
+        if args.images and args.save_name and len(items) == 1:
+            name = Path(args.save_name).name
+        save(pictures[number - 1], folder / name)
+    save(contact_sheet(pictures, args.columns), folder / "contact_sheet.png")
     log.info("wrote %d pictures and contact_sheet.png to %s", len(items), folder)
 
 

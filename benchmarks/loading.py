@@ -1,4 +1,4 @@
-"""Whether the loader keeps up: images per second of loading, of the model and of both together."""
+"""Time loading, the model and both together, to tell which of the two is the slower."""
 
 import math
 import os
@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
 import datasets
-from benchmarks.table import Spec
-from benchmarks.timing import synchronize
+from benchmarks.table import ModelSpec
+from benchmarks.timing import rates_in_turn
 from engine import Precision
 from loading import loaders
-from loading.loaders import AS_BYTES, OnDevice
+from loading.loaders import AS_BYTES, DeviceLoader
 from models.weights import baseline_model
 from utils import log
 
@@ -42,7 +43,7 @@ AUGMENTATION = dict(
 ERASING = ("re_prob", "re_mode")
 
 
-class Way(NamedTuple):
+class LoaderVariant(NamedTuple):
     """How images are loaded: with the transform of training or of evaluation, and what makes it faster.
 
     Attributes:
@@ -58,60 +59,65 @@ class Way(NamedTuple):
     fast: bool = False
 
 
-WAYS = (
-    Way("training", True),
-    Way("training, normalised on the device", True, True),
-    Way("training, normalised on the device, fast decoding", True, True, True),
-    Way("evaluation", False),
-    Way("evaluation, normalised on the device", False, True),
+LOADER_VARIANTS = (
+    LoaderVariant("training", True),
+    LoaderVariant("training, normalised on the device", True, True),
+    LoaderVariant("training, normalised on the device, fast decoding", True, True, True),
+    LoaderVariant("evaluation", False),
+    LoaderVariant("evaluation, normalised on the device", False, True),
 )
 
 
 class Options(NamedTuple):
     """How rows are measured: processes that load, samples of each part, and the least seconds of a sample."""
 
-    workers: int
+    num_workers: int
     repeats: int = 5
     seconds: float = 0.5
 
 
-def write_pictures(folder: Path, count: int = 200, seed: int = 0) -> None:
-    """JPEGs of 500 x 375 pixels, ImageNet's usual size, with detail of all sizes, as photographs have it."""
+def write_random_jpegs(folder: Path, count: int = 200, seed: int = 0) -> None:
+    """Write JPEGs of 500 x 375 pixels, ImageNet's usual size, with detail of all sizes as in photographs."""
     generator = np.random.default_rng(seed)
     for number in range(count):
-        picture = np.zeros((375, 500, 3), np.float32)
+        pixels = np.zeros((375, 500, 3), np.float32)
         for side in (4, 16, 64, 256):
-            coarse = Image.fromarray(generator.integers(0, 256, (side, side, 3), dtype=np.uint8))
-            picture += np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), np.float32) / 4
-        Image.fromarray(picture.astype(np.uint8)).save(folder / f"{number:03}.jpg", quality=90)
+            noise = Image.fromarray(generator.integers(0, 256, (side, side, 3), dtype=np.uint8))
+            pixels += np.asarray(noise.resize((500, 375), Image.Resampling.BICUBIC), np.float32) / 4
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:03}.jpg", quality=90)
 
 
 def batches_of(
-    way: Way, data: datasets.Files, img_size: int, batch_size: int, workers: int, device: torch.device
+    variant: LoaderVariant,
+    data: datasets.Files,
+    img_size: int,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
 ) -> Iterator[list[Tensor]]:
-    """Batches on the device without end; images are drawn at random.
+    """Return batches on the device without end; images are drawn at random.
 
     Args:
-        way: how they are loaded.
+        variant: how they are loaded.
         data: the images; its transform is set.
         img_size: side of the model input in pixels.
         batch_size: images per batch.
-        workers: processes that load.
+        num_workers: processes that load.
         device: where they go.
     """
-    config, ending = datasets.DATA_CONFIG, AS_BYTES if way.on_device else {}
-    if way.training:
+    config, ending = datasets.DATA_CONFIG, AS_BYTES if variant.on_device else {}
+    if variant.training:
         data.transform = datasets.train_transform(img_size, config, **AUGMENTATION, **ending)
     else:
         data.transform = datasets.eval_transform(img_size, config | ending)
-    data.side = 2 * img_size if way.fast else 0
+    data.side = 2 * img_size if variant.fast else 0
     sampler = RandomSampler(data, replacement=True, num_samples=2**40)
     loader = DataLoader(
-        data, batch_size, sampler=sampler, num_workers=workers, pin_memory=device.type == "cuda"
+        data, batch_size, sampler=sampler, num_workers=num_workers, pin_memory=device.type == "cuda"
     )
-    if way.on_device:
-        erasing = {name: AUGMENTATION[name] for name in ERASING if way.training}
-        return iter(OnDevice(loader, device, config, **erasing))
+    if variant.on_device:
+        erasing = {name: AUGMENTATION[name] for name in ERASING if variant.training}
+        return iter(DeviceLoader(loader, device, config, **erasing))
     return (loaders.to_device(batch, device) for batch in loader)
 
 
@@ -122,28 +128,27 @@ def rates(
     options: Options,
     warmup: int,
 ) -> list[float]:
-    """Images per second of taking batches and running them, one number per sample.
+    """Return images per second of taking batches and running them, one number per sample.
 
     Args:
         batches: without end.
         run: called with the images of a batch.
-        device: waited for before the clock is read.
+        device: that the work runs on.
         options: number and least length of samples.
         warmup: untimed batches, such as those that were loaded ahead.
     """
     for images, *_ in islice(batches, warmup):
         run(images)
-    found = []
-    for _ in range(options.repeats):
-        synchronize(device)
-        start, seen = time.perf_counter(), 0
-        while seen == 0 or time.perf_counter() - start < options.seconds:
+
+    def sample() -> int:
+        start, count = time.perf_counter(), 0
+        while count == 0 or time.perf_counter() - start < options.seconds:
             images, *_ = next(batches)
             run(images)
-            seen += len(images)
-        synchronize(device)
-        found.append(seen / max(time.perf_counter() - start, 1e-9))
-    return found
+            count += len(images)
+        return count
+
+    return rates_in_turn([sample], device, options.repeats)[0]
 
 
 def compare(
@@ -153,49 +158,49 @@ def compare(
     device: torch.device,
     options: Options,
 ) -> Row:
-    """Rates of the loader, the model and both together, and which of the two is the slower.
+    """Return the cells of a row: rates of the loader, the model and both, and which part is the slower.
 
     Args:
         load: starts a loader of endless batches on the device.
         run: the model, on images.
         batch: images for the model alone.
-        device: waited for before the clock is read.
-        options: see `rates`.
+        device: that the model runs on.
+        options: number and least length of samples.
     """
-    ahead = 2 * options.workers + 1  # batches that are loaded while nobody takes them
-    found = {
+    ahead = 2 * options.num_workers + 1  # batches that wait in the loader
+    parts = {
         "loader": rates(load(), lambda images: None, device, options, ahead),
         "model": rates(repeat([batch]), run, device, options, 3),
         "both": rates(load(), run, device, options, ahead),
     }
     row = Row()
-    for part, values in found.items():
+    for part, values in parts.items():
         row[f"{part}_images_per_second"] = statistics.median(values)
         row[f"{part}_spread"] = f"{min(values):.4g}-{max(values):.4g}"
     loader, model = (row[f"{part}_images_per_second"] for part in ("loader", "model"))
     row["limited_by"] = "loader" if loader < model else "model"
-    row["workers_needed"] = math.ceil(max(options.workers, 1) * model / loader)
+    row["workers_needed"] = math.ceil(max(options.num_workers, 1) * model / loader)
     return row
 
 
 @torch.inference_mode()
 def measure(
-    spec: Spec,
+    spec: ModelSpec,
     img_size: int | None,
     path: str | Path | None,
     batch_sizes: list[int],
     precision: Precision,
     options: Options,
 ) -> list[Row]:
-    """A row per batch size and way of loading.
+    """Measure a row per batch size and variant of loading.
 
     Args:
         spec: the model, which runs all its stages forward.
         img_size: side of its input in pixels; None for its own.
-        path: a folder with images at any depth; None for pictures that are made and removed.
+        path: a folder with images at any depth; None for random JPEGs, which are removed again.
         batch_sizes: images per batch.
         precision: device and autocast type.
-        options: see `rates`.
+        options: processes, number and least length of samples.
 
     Raises:
         FileNotFoundError: there is no image in the folder.
@@ -210,24 +215,21 @@ def measure(
 
     with tempfile.TemporaryDirectory() as folder:
         if path is None:
-            write_pictures(Path(folder))
+            write_random_jpegs(Path(folder))
         data = datasets.Files(path or folder)
         for batch_size in batch_sizes:
             batch = torch.rand(batch_size, 3, side, side, device=device)
-            for way in WAYS:
-
-                def load(way: Way = way, batch_size: int = batch_size) -> Iterator[list[Tensor]]:
-                    return batches_of(way, data, side, batch_size, options.workers, device)
-
-                known = dict(transform=way.name, model=spec.text, batch_size=batch_size, img_size=side)
-                row = known | {"workers": options.workers} | compare(load, run, batch, device, options)
+            for variant in LOADER_VARIANTS:
+                load = partial(batches_of, variant, data, side, batch_size, options.num_workers, device)
+                known = dict(transform=variant.name, model=spec.text, batch_size=batch_size, img_size=side)
+                row = known | {"workers": options.num_workers} | compare(load, run, batch, device, options)
                 log.info("%s", verdict(row))
                 rows.append(row)
     return rows
 
 
 def verdict(row: Row) -> str:
-    """Which part limits, in a sentence."""
+    """Return a sentence that tells which part limits."""
     loader, model, both = (row[f"{part}_images_per_second"] for part in ("loader", "model", "both"))
     told = f"{row['transform']}, batch {row['batch_size']}: the {row['limited_by']} limits: loading gives"
     told += f" {loader:.4g} images/s with {row['workers']} processes, the model {model:.4g}, both {both:.4g}"
@@ -238,7 +240,7 @@ def verdict(row: Row) -> str:
 
 
 def as_markdown(rows: list[Row], header: str) -> str:
-    """The header line, the table, and which part limits."""
+    """Return the header line, the table, and sentences that tell which part limits."""
     formats = [".1f" if name.endswith("second") else "" for name in COLUMNS]
     table = tabulate([[row[name] for name in COLUMNS] for row in rows], COLUMNS, "github", formats)
     return f"{header}\n\n{table}\n\n" + "".join(f"- {verdict(row)}\n" for row in rows)

@@ -1,6 +1,6 @@
 """Rows of a speed table: models at operating points and batch sizes, each sampled in turn with a baseline.
 
-The ratio of the two is what a row says about a model: drift of the machine hits both alike.
+A row's figure is the ratio of the two, since a drift of the machine affects both equally.
 """
 
 import re
@@ -10,21 +10,22 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from torch import Tensor
 
 from benchmarks.timing import (
-    Work,
+    Workload,
     count_gflops,
-    exit_work,
+    exit_workload,
     largest_batch,
     latencies,
     one_line,
     time_in_turn,
-    train_work,
+    training_workload,
 )
 from engine import Precision
 from inference.streaming import compile_models, uncompile
 from models import Adaptive, flags
-from models.cost import token_gflops
+from models.cost import fit_knob
 from models.weights import baseline_model
 from utils import log
 
@@ -33,19 +34,20 @@ COLUMNS = """
     realised_fraction baseline_images_per_second latency_p50_ms latency_p99_ms peak_memory_mib compiled error
 """.split()
 Row = dict[str, Any]
-FITTED = 8  # images on which the depth of tokens is set
+FITTED = 8  # images on which a share of the cost is set
+COST_SHARES = (1.0, 0.78, 0.65)  # of the full cost, where the image decides on it
 
 
-class Spec(NamedTuple):
-    """A model as it was asked for: the text, the registered name and constructor main_deit."""
+class ModelSpec(NamedTuple):
+    """A model as a command line names it: the text, the registered name and the constructor arguments."""
 
     text: str
     name: str
     kwargs: dict[str, Any]
 
     @classmethod
-    def of(cls, text: str) -> "Spec":
-        """Reads NAME or NAME:KEY=VALUE,...; commas inside brackets belong to a value.
+    def of(cls, text: str) -> "ModelSpec":
+        """Read NAME or NAME:KEY=VALUE,...; commas inside brackets belong to a value.
 
         Raises:
             ValueError: there is no such model, or the text is of another form.
@@ -66,7 +68,7 @@ class Options(NamedTuple):
         max_batch: limit of the batch size "auto".
         compile: mode of torch.compile for the stages, or for the whole model where it trains; None for eager.
         train: time training steps, with all stages on all images, instead of inference.
-        repeats, seconds, warmup: see `speed.time_in_turn`.
+        repeats, seconds, warmup: see `timing.time_in_turn`.
         seed: of the images.
     """
 
@@ -81,33 +83,50 @@ class Options(NamedTuple):
     seed: int = 0
 
 
-class Subject:
-    """A model on its device with its cost; GFLOPs are None where they cannot be counted."""
+class TimedModel:
+    """A model on its device with its cost.
 
-    def __init__(self, spec: Spec, img_size: int | None, device: torch.device):
+    Attributes:
+        text: the model as a command line names it.
+        gflops: cumulative GFLOPs of each exit; None where they cannot be counted.
+        cost_varies: whether what a stage costs depends on the image.
+    """
+
+    def __init__(self, spec: ModelSpec, img_size: int | None, device: torch.device):
         self.text = spec.text
         self.model: Adaptive = baseline_model(spec.name, **({"img_size": img_size} | spec.kwargs))
         self.gflops = count_gflops(self.model, spec.text)
         self.model.to(device)
+        image = torch.zeros(1, 3, self.model.img_size, self.model.img_size, device=device)
+        self.cost_varies = any(cost is not None for cost in self.stage_costs(image))
 
     def cells(self) -> Row:
-        """What a row says of the model however it is run."""
+        """Return what a row says of the model however it is run."""
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         return {"model": self.text, "img_size": self.model.img_size, "parameters": parameters}
 
     @torch.inference_mode()
-    def mean_gflops(self, work: Work, precision: Precision) -> float | None:
-        """Runs the work; mean cost of its images at the exits they take, or of the tokens that go on."""
-        exits = torch.cat([exits for _, exits in work.run(work.batches)])
+    def stage_costs(self, images: Tensor) -> list[Tensor | None]:
+        """Return what each stage costs each of the images [B,3,S,S], in GFLOPs; None where it is fixed."""
+        return [self.model.image_gflops(k, output.info) for k, output in enumerate(self.model(images))]
+
+    @torch.inference_mode()
+    def mean_gflops(self, workload: Workload, precision: Precision) -> float | None:
+        """Run the workload; return the mean cost of its images at the exits that they take."""
+        exits = [taken.cpu() for _, taken in workload.run(workload.batches)]
         if self.gflops is None:
             return None
-        costs = torch.tensor(self.gflops, dtype=torch.float64)[exits.cpu()]
-        if self.model.num_exits == 1:
-            with precision.autocast():
-                infos = [self.model(batch)[0].info for batch in work.batches]
-            if "tokens" in infos[0]:
-                costs = torch.cat([token_gflops(self.model, info["tokens"]) for info in infos])
-        return costs.mean().item()
+        fixed, paid = torch.tensor([0.0, *self.gflops], dtype=torch.float64).diff(), []
+        for batch, taken in zip(workload.batches, exits, strict=True):
+            stages = fixed.repeat(len(batch), 1)  # [B,E]
+            if self.cost_varies:
+                with precision.autocast():
+                    costs = self.stage_costs(batch)
+                for k, cost in enumerate(costs):
+                    if cost is not None:
+                        stages[:, k] = cost.cpu()
+            paid.append(stages.cumsum(dim=1).gather(1, taken[:, None]))
+        return torch.cat(paid).mean().item()
 
 
 class Point(NamedTuple):
@@ -116,29 +135,28 @@ class Point(NamedTuple):
     Attributes:
         name: in the table.
         shares: of the images per exit.
-        depth: mean depth of tokens as a share of the blocks, where they halt.
+        cost: share of the full cost, where the image decides on it.
     """
 
     name: str
     shares: list[float]
-    depth: float | None = None
+    cost: float | None = None
 
 
 TRAINING = [Point("training step", [])]
 
 
-def operating_points(model: Adaptive, share: float | None = None) -> list[Point]:
-    """All stages and early exit, or the depths at which tokens halt.
+def operating_points(exits: int, share: float | None = None, cost_varies: bool = False) -> list[Point]:
+    """Return all stages and early exit; of one exit, shares of the full cost where that varies.
 
     Args:
-        model: with its number of exits.
+        exits: of the model.
         share: of the images that leave at the first exit, the rest evenly at the others; default: 0.78 of
             two exits, equal shares of more.
+        cost_varies: whether what an image costs depends on it, and can be moved.
     """
-    exits = model.num_exits
-    if model.depth_shares:
-        blocks = len(model.blocks)
-        return [Point(f"mean depth {blocks * depth:.2g}", [1.0], depth) for depth in model.depth_shares]
+    if exits == 1 and cost_varies:
+        return [Point(f"{100 * cost:.3g} % of its GFLOPs", [1.0], cost) for cost in COST_SHARES]
     if exits == 1:
         return [Point("one exit", [1.0])]
     name = "early exit, equal shares"
@@ -150,116 +168,119 @@ def operating_points(model: Adaptive, share: float | None = None) -> list[Point]
     return [Point("all stages", [0.0] * (exits - 1) + [1.0]), Point(name, [first, *rest])]
 
 
-def peak_memory(model: Adaptive, work: Work) -> float | None:
-    """Runs the work; MiB of GPU memory for weights, images and what a pass needs; None on other devices."""
-    device = work.batches[0].device
+def peak_memory(model: Adaptive, workload: Workload) -> float | None:
+    """Run the workload; return the MiB of GPU memory for weights, images and a pass, None without a GPU."""
+    device = workload.batches[0].device
     if device.type != "cuda":
         return None
-    own = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers(), *work.batches])
+    own = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers(), *workload.batches])
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    work.run(work.batches)
+    workload.run(workload.batches)
     return (torch.cuda.max_memory_allocated(device) - before + own) / 2**20
 
 
 class Bench:
     """Measures rows against one baseline."""
 
-    def __init__(self, baseline: Spec, precision: Precision, options: Options):
+    def __init__(self, baseline: ModelSpec, precision: Precision, options: Options):
         self.spec, self.precision, self.options = baseline, precision, options
-        self.baseline = Subject(baseline, options.img_size, precision.device)
+        self.baseline = TimedModel(baseline, options.img_size, precision.device)
 
-    def rows(self, spec: Spec, batch_sizes: list[int | str]) -> list[Row]:
-        """All rows of a model; where it fails, a row says so.
+    def rows(self, spec: ModelSpec, batch_sizes: list[int | str]) -> list[Row]:
+        """Return all rows of a model; where it fails, a row says so.
 
         Args:
             spec: the model.
             batch_sizes: numbers or "auto".
         """
+        options, baseline = self.options, self.baseline
         try:
-            same = spec == self.spec
-            subject = self.baseline if same else Subject(spec, self.options.img_size, self.precision.device)
+            timed = (
+                baseline if spec == self.spec else TimedModel(spec, options.img_size, self.precision.device)
+            )
         except Exception as error:  # whatever a model raises belongs into its row
             return [failed({"model": spec.text, "batch_size": size}, error) for size in batch_sizes]
-        points = TRAINING
-        if not self.options.train:
-            points = operating_points(subject.model, self.options.exit_share)
-        return [row for size in batch_sizes for row in self.rows_of_size(subject, size, points)]
+        points, model = TRAINING, timed.model
+        if not options.train:
+            cost_varies = timed.cost_varies and bool(model.knobs)
+            points = operating_points(model.num_exits, options.exit_share, cost_varies)
+        return [row for size in batch_sizes for row in self.rows_of_size(timed, size, points)]
 
-    def rows_of_size(self, subject: Subject, size: int | str, points: list[Point]) -> list[Row]:
-        cells = subject.cells()
+    def rows_of_size(self, timed: TimedModel, size: int | str, points: list[Point]) -> list[Row]:
+        cells, rows = timed.cells(), []
         try:
-            batch_size = self.largest(subject, points) if size == "auto" else size
+            batch_size = self.largest(timed, points) if size == "auto" else size
         except Exception as error:
             return [failed(cells | {"batch_size": size}, error)]
-        found = []
         for point in points:
             known = cells | {"operating_point": point.name, "batch_size": batch_size}
             try:
-                row = known | self.measure(subject, batch_size, point)
+                row = known | self.measure(timed, batch_size, point)
                 times = f", {row['speedup']:.2f} times the baseline" if "speedup" in row else ""
                 log.info("%s: %.4g images/s%s", title(row), row["images_per_second"], times)
             except Exception as error:
                 row = failed(known, error)
-            found.append(row)
-        return found
+            rows.append(row)
+        return rows
 
-    def work(self, subject: Subject, batch_size: int, point: Point | None = None) -> Work:
-        """Early exit at a point; default: all stages."""
-        model, options = subject.model, self.options
+    def workload(self, timed: TimedModel, batch_size: int, point: Point | None = None) -> Workload:
+        """Return early exit at a point; default: all stages."""
+        model, options = timed.model, self.options
         if options.train:
-            return train_work(model, self.precision, batch_size, options.seed)
+            return training_workload(model, self.precision, batch_size, options.seed)
         shares = point.shares if point else [0.0] * (model.num_exits - 1) + [1.0]
-        work = exit_work(model, self.precision, batch_size, shares, options.seed, bool(options.compile))
-        if point and point.depth is not None:
-            model.fit_depth(torch.cat(work.batches)[:FITTED], point.depth)
-        return work
+        pad = bool(options.compile)
+        workload = exit_workload(model, self.precision, batch_size, shares, options.seed, pad)
+        if point and point.cost is not None:
+            fit_knob(model, torch.cat(workload.batches)[:FITTED], point.cost)
+        return workload
 
-    def largest(self, subject: Subject, points: list[Point]) -> int:
-        """The largest batch at which the baseline and all operating points run."""
+    def largest(self, timed: TimedModel, points: list[Point]) -> int:
+        """Return the largest batch at which the baseline and all operating points run."""
 
         def run(batch_size: int) -> None:
-            self.once(self.work(self.baseline, batch_size))
+            self.once(self.workload(self.baseline, batch_size))
             for point in points:
-                self.once(self.work(subject, batch_size, point))
+                self.once(self.workload(timed, batch_size, point))
 
         return largest_batch(run, self.options.max_batch)
 
-    def compile(self, works: dict[Adaptive, Work]) -> bool:
-        """Compiles all or none: unlike modes have no ratio."""
-        runs = {model: partial(work.run, work.batches) for model, work in works.items()}
+    def compile(self, workloads: dict[Adaptive, Workload]) -> bool:
+        """Compile all models or none: a compiled and an eager one have no ratio."""
+        runs = {model: partial(work.run, work.batches) for model, work in workloads.items()}
         mode, train = self.options.compile, self.options.train
         reason = compile_models(runs, *(("default", ("forward",)) if train else (mode,)))
         if reason:
             log.info("not compiled: %s", reason)
         return reason is None
 
-    def once(self, work: Work) -> Work:
-        work.run(work.batches[:1])
-        return work
+    def once(self, workload: Workload) -> Workload:
+        workload.run(workload.batches[:1])
+        return workload
 
-    def measure(self, subject: Subject, batch_size: int, point: Point) -> Row:
-        """The cells that follow from running a model."""
+    def measure(self, timed: TimedModel, batch_size: int, point: Point) -> Row:
+        """Return the cells that follow from running a model."""
         options, device, row = self.options, self.precision.device, Row()
-        work = self.work(subject, batch_size, point)
+        workload = self.workload(timed, batch_size, point)
         try:
-            baseline = self.once(self.work(self.baseline, batch_size))
+            baseline = self.once(self.workload(self.baseline, batch_size))
         except Exception as error:  # the model's own speed is still worth a row
             baseline, row["error"] = None, f"baseline: {one_line(error)}"
-        works = {subject.model: work} | ({self.baseline.model: baseline} if baseline else {})
-        row["compiled"] = bool(options.compile) and self.compile(works)
+        workloads = {timed.model: workload} | ({self.baseline.model: baseline} if baseline else {})
+        row["compiled"] = bool(options.compile) and self.compile(workloads)
         try:
-            row["gflops"] = subject.gflops and subject.gflops[-1]
+            row["gflops"] = timed.gflops and timed.gflops[-1]
             if not options.train:
-                row["gflops"] = subject.mean_gflops(work, self.precision)
-            row["peak_memory_mib"] = peak_memory(subject.model, work)
-            timed = [baseline, work] if baseline else [work]
-            *theirs, ours = time_in_turn(timed, device, options.repeats, options.seconds, options.warmup)
+                row["gflops"] = timed.mean_gflops(workload, self.precision)
+            row["peak_memory_mib"] = peak_memory(timed.model, workload)
+            in_turn = [baseline, workload] if baseline else [workload]
+            *theirs, ours = time_in_turn(in_turn, device, options.repeats, options.seconds, options.warmup)
             if batch_size == 1:
-                row["latency_p50_ms"], row["latency_p99_ms"] = latencies(work, device)
+                row["latency_p50_ms"], row["latency_p99_ms"] = latencies(workload, device)
         finally:
-            uncompile(works)
-            for model in works:
+            uncompile(workloads)
+            for model in workloads:
                 model.eval().zero_grad()
         row["images_per_second"], row["spread"] = statistics.median(ours), f"{min(ours):.4g}-{max(ours):.4g}"
         if theirs:
@@ -272,7 +293,7 @@ class Bench:
 
 
 def title(row: Row) -> str:
-    """A row by name, operating point and batch size, as far as it has them."""
+    """Return a row's name, operating point and batch size, as far as it has them."""
     parts = [row["model"], row.get("operating_point"), f"batch {row['batch_size']}"]
     return ", ".join(part for part in parts if part)
 

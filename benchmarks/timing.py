@@ -1,4 +1,4 @@
-"""Measured speed: work timed in turn, early exit at forced shares of the images, the largest batch that fits.
+"""Time models: work sampled in turn, early exit at forced shares of the images, the largest batch that fits.
 
 Images are random, and the weights may be: what a network costs does not depend on them, except for the exit
 that an image takes. So thresholds follow from the confidences on these very images.
@@ -10,9 +10,10 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -30,11 +31,38 @@ from utils import log
 
 POOL = 50  # images over which a share of exits is counted: one batch of one image has no share
 MOST = 10  # batches of a pass, where the pool does not take more
+Result = TypeVar("Result")
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def timed(run: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+    """Return the result of a call and its seconds, by events on CUDA; the device is idle at both ends."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        result = run()
+        return result, max(time.perf_counter() - start, 1e-9)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record(torch.cuda.current_stream(device))
+    result = run()
+    end.record(torch.cuda.current_stream(device))
+    torch.cuda.synchronize(device)
+    return result, max(start.elapsed_time(end) / 1000, 1e-9)
+
+
+def rates_in_turn(samples: list[Callable[[], int]], device: torch.device, repeats: int) -> list[list[float]]:
+    """Return `repeats` rates of each piece of work in images per second; a drift affects all equally.
+
+    Args:
+        samples: take one sample each and return its number of images.
+        device: that the work runs on.
+        repeats: samples of each, taken in turn.
+    """
+    rates: list[list[float]] = [[] for _ in samples]
+    for _ in range(repeats):
+        for sample, measured in zip(samples, rates, strict=True):
+            images, seconds = timed(sample, device)
+            measured.append(images / seconds)
+    return rates
 
 
 class Timing(NamedTuple):
@@ -55,50 +83,42 @@ class Timing(NamedTuple):
     targets: list[Tensor]
 
     def rates(self) -> tuple[float, float]:
-        """Images per second inside the model and in all; 0 for an empty pass."""
+        """Return images per second inside the model and in all; 0 for an empty pass."""
         return (self.images / self.model, self.images / self.total) if self.images else (0.0, 0.0)
 
 
 def time_pass(
     run: Callable[[Iterable[Tensor]], Iterable[Any]], loader: DataLoader, device: torch.device, warmup: int
 ) -> Timing:
-    """Times `run(batches of images)` over a data set.
+    """Time `run(batches of images)` over a data set.
 
     Args:
         run: the work, on batches that are on the device.
         loader: of images and labels.
-        device: waited for before the clock is read.
+        device: that the work runs on.
         warmup: untimed runs on the first batch.
     """
     loading, targets = 0.0, []
 
     def feed() -> Iterator[Tensor]:
         nonlocal loading
-        batches = iter(loader)
+        batches = (to_device(batch, device) for batch in loader)
         while True:
-            synchronize(device)
-            start = time.perf_counter()
-            batch = next(batches, None)
+            batch, seconds = timed(lambda: next(batches, None), device)
             if batch is None:
                 return
-            images, target = to_device(batch, device)
-            synchronize(device)
-            loading += time.perf_counter() - start
-            targets.append(target)
-            yield images
+            loading += seconds
+            targets.append(batch[1])
+            yield batch[0]
 
     for batch in islice(loader, 1):
         images, _ = to_device(batch, device)
         list(run([images] * warmup))
-    synchronize(device)
-    start = time.perf_counter()
-    outputs = list(run(feed()))
-    synchronize(device)
-    total = time.perf_counter() - start
+    outputs, total = timed(lambda: list(run(feed())), device)
     return Timing(sum(map(len, targets)), total - loading, total, outputs, targets)
 
 
-class Work(NamedTuple):
+class Workload(NamedTuple):
     """What is timed.
 
     Attributes:
@@ -110,63 +130,52 @@ class Work(NamedTuple):
     batches: list[Tensor]
 
     def images(self) -> int:
+        """Return the number of images of one pass."""
         return sum(map(len, self.batches))
 
-
-def elapsed(
-    run: Callable[[Iterable[Tensor]], Any], batches: list[Tensor], passes: int, device: torch.device
-) -> float:
-    """Seconds of so many passes; the device is idle at both ends."""
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(passes):
-        run(batches)
-    synchronize(device)
-    return max(time.perf_counter() - start, 1e-9)
+    def sample(self, passes: int = 1) -> int:
+        """Run so many passes; return their number of images."""
+        for _ in range(passes):
+            self.run(self.batches)
+        return passes * self.images()
 
 
 def time_in_turn(
-    works: list[Work], device: torch.device, repeats: int, seconds: float, warmup: int
+    workloads: list[Workload], device: torch.device, repeats: int, seconds: float, warmup: int
 ) -> list[list[float]]:
-    """Images per second of several pieces of work, sampled in turn, so that what drifts hits all alike.
+    """Return `repeats` rates of each workload in images per second, sampled in turn.
 
     Args:
-        works: sampled in this order, `repeats` times over.
-        device: waited for before the clock is read.
+        workloads: sampled in this order, `repeats` times over.
+        device: that they run on.
         repeats: samples of each.
         seconds: least length of a sample, which is a whole number of passes.
         warmup: untimed batches of each.
-
-    Returns:
-        One list of `repeats` rates per piece of work.
     """
-    passes = []
-    for work in works:
-        work.run(islice(cycle(work.batches), warmup))
-        passes.append(math.ceil(seconds / elapsed(*work, 1, device)) or 1)
-    rates: list[list[float]] = [[] for _ in works]
-    for _ in range(repeats):
-        for work, count, found in zip(works, passes, rates, strict=True):
-            found.append(count * work.images() / elapsed(*work, count, device))
-    return rates
+    samples = []
+    for workload in workloads:
+        workload.run(islice(cycle(workload.batches), warmup))
+        _, once = timed(workload.sample, device)
+        samples.append(partial(workload.sample, math.ceil(seconds / once) or 1))
+    return rates_in_turn(samples, device, repeats)
 
 
 def latencies(
-    work: Work, device: torch.device, calls: int = 100, seconds: float = 5.0
+    workload: Workload, device: torch.device, calls: int = 100, seconds: float = 5.0
 ) -> tuple[float, float]:
-    """Median and 99th percentile of single calls in milliseconds.
+    """Return median and 99th percentile of single calls in milliseconds.
 
     Over whole passes, until there are so many calls or so many seconds have gone by.
     """
     times: list[float] = []
     while len(times) < calls and sum(times) < seconds:
-        times += [elapsed(work.run, [batch], 1, device) for batch in work.batches]
+        times += [timed(partial(workload.run, [batch]), device)[1] for batch in workload.batches]
     p50, p99 = np.percentile(times, [50, 99])
     return 1000 * float(p50), 1000 * float(p99)
 
 
 def batches_of_pass(batch_size: int, shares: list[float]) -> int:
-    """How many batches hold the pool and let later stages run on batches that are as full as can be."""
+    """Return how many batches hold the pool and keep the batches of later stages as full as can be."""
     going = [1 - sum(shares[: k + 1]) for k in range(len(shares) - 1)]  # to the later stages
 
     def waste(number: int) -> float:
@@ -177,15 +186,15 @@ def batches_of_pass(batch_size: int, shares: list[float]) -> int:
     return min(range(least, max(least, MOST) + 1), key=lambda number: round(waste(number), 6))
 
 
-def exit_work(
+def exit_workload(
     model: Adaptive,
     precision: Precision,
     batch_size: int,
     shares: list[float],
     seed: int = 0,
     pad: bool = False,
-) -> Work:
-    """Early exit on random images of which these shares leave at each exit.
+) -> Workload:
+    """Return early exit on random images of which these shares leave at each exit.
 
     Args:
         model: in evaluation mode, on the device of `precision`.
@@ -199,12 +208,13 @@ def exit_work(
         Its `run` gives logits [b,K] and the exits taken [b] of each batch.
 
     Raises:
-        ValueError: the confidences are too alike, see `force_exits`.
+        ValueError: the confidences are too close, see `force_exits`.
     """
     early = any(shares[:-1])
     number = batch_size * batches_of_pass(batch_size, shares) if early else batch_size
     edges = [round(number * sum(shares[: k + 1])) for k in range(len(shares))]
     counts = [high - low for low, high in zip([0, *edges], edges, strict=False)]
+    # Twice as many images as are timed, so that those nearest to a threshold can be left out.
     device, side = precision.device, model.img_size
     generator = torch.Generator(device).manual_seed(seed)
     images = torch.rand(2 * number if early else number, 3, side, side, device=device, generator=generator)
@@ -216,14 +226,15 @@ def exit_work(
                 for k, step in enumerate(islice(steps, len(shares) - 1)):  # the last stage is not needed
                     cells[:, k] = confidence(step.output.logits)
     rows, thresholds = force_exits(sure, counts)
+    # Images of all exits are mixed, as in a data set.
     mixed = torch.randperm(number, generator=torch.Generator().manual_seed(seed))
     (images,) = precision.place([images[rows[mixed].to(device)]])
     stream = ExitStream(model, precision, thresholds, batch_size, pad)
-    return Work(lambda batches: list(stream(batches)), list(images.split(batch_size)))
+    return Workload(lambda batches: list(stream(batches)), list(images.split(batch_size)))
 
 
-def train_work(model: Adaptive, precision: Precision, batch_size: int, seed: int = 0) -> Work:
-    """Training steps with AdamW on random images and labels, all schedules of the model at their end."""
+def training_workload(model: Adaptive, precision: Precision, batch_size: int, seed: int = 0) -> Workload:
+    """Return training steps with AdamW on random images and labels, the model's schedules at their end."""
     device, side = precision.device, model.img_size
     generator = torch.Generator(device).manual_seed(seed)
     images = torch.rand(batch_size, 3, side, side, device=device, generator=generator)
@@ -241,11 +252,11 @@ def train_work(model: Adaptive, precision: Precision, batch_size: int, seed: int
             scaler.update()
             optimizer.zero_grad()
 
-    return Work(run, precision.place([images]))
+    return Workload(run, precision.place([images]))
 
 
 def largest_batch(run: Callable[[int], object], cap: int, first: int = 64) -> int:
-    """Largest batch size that runs, by doubling from `first`, or by halving where that is already too large.
+    """Return the largest batch size that runs, by doubling from `first` or, where that fails, by halving.
 
     Raises:
         torch.OutOfMemoryError: not even one image fits.
@@ -271,7 +282,7 @@ def largest_batch(run: Callable[[int], object], cap: int, first: int = 64) -> in
 
 
 def count_gflops(model: Adaptive, name: str) -> list[float] | None:
-    """Cumulative GFLOPs of each exit; None, and a line in the log, where they cannot be counted."""
+    """Return cumulative GFLOPs of each exit; None, and a line in the log, where they cannot be counted."""
     try:
         return exit_gflops(model)
     except Exception as error:  # a counter that is not installed; tracing a foreign model raises anything
@@ -280,12 +291,12 @@ def count_gflops(model: Adaptive, name: str) -> list[float] | None:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of an error's message, shortened."""
+    """Return the first line of an error's message, shortened."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def device_name(device: torch.device) -> str:
-    """The name of the GPU, or "CPU, <its name>"."""
+    """Return the name of the GPU, or "CPU, <its name>"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return cpu_name() if device.type == "cpu" else device.type
@@ -306,15 +317,15 @@ def dtype_name(precision: Precision) -> str:
 def measure_model(
     model: Adaptive, name: str, precision: Precision, batch_size: int, repeats: int = 5, seconds: float = 0.5
 ) -> dict[str, Any]:
-    """Speed of a model with all its stages on one batch of uniform random images; no data set is needed.
+    """Time all stages of a model on one batch of uniform random images; no data set is needed.
 
     Returns:
-        What a line of speed_macs.txt holds: `gflops` is the cost of the last exit, `exit_gflops` that of all.
+        The entries of a line of speed_macs.txt: `gflops` is the cost of the last exit, `exit_gflops` of all.
     """
     training = model.training
     model.to(precision.device, memory_format=precision.memory_format).eval()
-    work = exit_work(model, precision, batch_size, [0.0] * (model.num_exits - 1) + [1.0])
-    (rates,) = time_in_turn([work], precision.device, repeats, seconds, warmup=3)
+    workload = exit_workload(model, precision, batch_size, [0.0] * (model.num_exits - 1) + [1.0])
+    (rates,) = time_in_turn([workload], precision.device, repeats, seconds, warmup=3)
     gflops = count_gflops(model, name)
     model.train(training)
     return {
@@ -335,15 +346,15 @@ def measure_model(
 def report_speed(
     model: Adaptive, name: str, precision: Precision, batch_size: int, folder: Path | None
 ) -> None:
-    """Logs what `measure_model` finds, and appends it to speed_macs.txt in a folder, as a line of JSON."""
-    found = measure_model(model, name, precision, batch_size)
-    low, high = found["spread"]
-    cost = "" if found["gflops"] is None else f", {found['gflops']:.3f} GFLOPs"
+    """Log what `measure_model` returns, and append it to speed_macs.txt in a folder, as a line of JSON."""
+    speed = measure_model(model, name, precision, batch_size)
+    low, high = speed["spread"]
+    cost = "" if speed["gflops"] is None else f", {speed['gflops']:.3f} GFLOPs"
     log.info(
         "%s: %d parameters%s, %.4g images/s (%.4g-%.4g), batch %d, %s, %s",
-        *(name, found["parameters"], cost, found["images_per_second"], low, high, batch_size),
-        *(found["dtype"], found["device"]),
+        *(name, speed["parameters"], cost, speed["images_per_second"], low, high, batch_size),
+        *(speed["dtype"], speed["device"]),
     )
     if folder:
         with open(folder / "speed_macs.txt", "a") as file:
-            file.write(json.dumps(found) + "\n")
+            file.write(json.dumps(speed) + "\n")

@@ -1,4 +1,4 @@
-"""Drawing: what a model did with an image, contact sheets, and accuracy against cost."""
+"""Pictures: early exit on single images, drawn; contact sheets; accuracy against cost."""
 
 import math
 from collections.abc import Iterable
@@ -9,10 +9,14 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
 import utils
 from checkpointing.format import Results
@@ -22,206 +26,38 @@ from models.exits import confidence
 from utils import log
 
 PANEL = 224  # pixels a side; smaller images are enlarged by a whole factor
-GAP, HEAD, BAR, FONT = 4, 22, 12, 14  # pixels: between panels, the headline, the colour bar, letters
+GAP, SHEET_GAP, HEAD, BAR = 4, 12, 22, 36  # pixels: between panels and pictures, the headline, the colour bar
 RIGHT, WRONG, NEUTRAL, BOX = (0, 150, 0), (200, 0, 0), (60, 60, 60), (255, 210, 0)
+EMPTY = 235  # grey of the panels that an image which left early does not have
 
 
-class Explained(NamedTuple):
+class Explanation(NamedTuple):
     """One image and what the model did with it.
 
     Attributes:
-        image: [S,S,3] uint8, the model's input.
-        attention: [g,g] class attention of the first stage, or None.
-        depth: [g,g] blocks that each patch went through, or None.
-        blocks: how many there are, the end of the colour scale of `depth`.
-        kept: [s,s] bool per drop, which patches of the full image stayed: those that the second stage
-            refined, or those after each block that drops.
-        panels: how many such drops the model has; an image that left before has fewer.
-        box: left, top, right, bottom of the region in input pixels, or None.
+        image: [3,S,S] uint8, the model's input.
+        label: class number, or None where it is not given.
         exit: where the image left.
         predicted: class number.
         confidence: maximum softmax probability at that exit.
-        label: class number, or None where it is not known.
+        kept: [s,s] bool each, patches of the full image: those that the stage refined, and those that stayed
+            after each drop.
+        blocks: how many there are, the end of the colour scale of `depth`.
+        heat: [g,g] attention, or None.
+        region: [4] left, top, right, bottom in input pixels, or None.
+        depth: [g,g] blocks that each patch went through, or None.
     """
 
-    image: np.ndarray
-    attention: np.ndarray | None
-    depth: np.ndarray | None
-    blocks: int
-    kept: list[np.ndarray]
-    panels: int
-    box: tuple[int, int, int, int] | None
+    image: Tensor
+    label: int | None
     exit: int
     predicted: int
     confidence: float
-    label: int | None
-
-
-def enlarge(image: np.ndarray, factor: int) -> np.ndarray:
-    return image.repeat(factor, 0).repeat(factor, 1)
-
-
-def heat_map(image: np.ndarray, attention: np.ndarray) -> np.ndarray:
-    """Attention in colour over the grey image; the scale runs from 0 to the image's own maximum."""
-    heat = attention / max(attention.max(), 1e-12)
-    heat = enlarge(colormaps["inferno"](heat)[..., :3], len(image) // len(attention))
-    grey = image.mean(axis=-1, keepdims=True) / 255
-    return (255 * (0.35 * grey + 0.65 * heat)).round().astype(np.uint8)
-
-
-def dim(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """The image with every patch that is not kept faded to white."""
-    mask = enlarge(kept, len(image) // len(kept))[..., None]
-    return np.where(mask, image, 0.3 * image + 0.7 * 255).round().astype(np.uint8)
-
-
-def depth_map(depth: np.ndarray, blocks: int, side: int) -> Image.Image:
-    """Token depths [g,g] in colour, `side` pixels a side, and the bar of their scale.
-
-    The scale is 1 (black) to `blocks` (white) whatever the depths are, so that pictures can be compared; the
-    published ones scale each picture on its own.
-    """
-
-    def colour(depth: np.ndarray) -> Image.Image:
-        return Image.fromarray(colormaps["hot"]((depth - 1) / max(blocks - 1, 1), bytes=True)[..., :3])
-
-    cells = colour(depth).resize((side, side), Image.Resampling.NEAREST)
-    levels = blocks - np.arange(side) * blocks // side  # [side], deepest on top
-    letters = ImageFont.load_default(FONT)
-    scale = Image.new("RGB", (BAR + GAP + round(letters.getlength(str(blocks))), side), "white")
-    scale.paste(colour(np.tile(levels[:, None], BAR)))
-    draw = ImageDraw.Draw(scale)
-    # What is white would have no end on white paper.
-    draw.rectangle((0, 0, BAR - 1, side - 1), outline=NEUTRAL)
-    ImageDraw.Draw(cells).rectangle((0, 0, side - 1, side - 1), outline=NEUTRAL)
-    for text, height, anchor in ((str(blocks), 0, "lt"), ("1", side - 1, "lb")):
-        draw.text((BAR + GAP, height), text, fill=NEUTRAL, font=letters, anchor=anchor)
-    return beside([cells, scale])
-
-
-def beside(panels: list[Image.Image]) -> Image.Image:
-    """Panels of one height in a row."""
-    row = Image.new("RGB", (sum(panel.width + GAP for panel in panels) - GAP, panels[0].height), "white")
-    left = 0
-    for panel in panels:
-        row.paste(panel, (left, 0))
-        left += panel.width + GAP
-    return row
-
-
-def reference(item: Explained) -> Image.Image:
-    """The model's input, enlarged if it is small."""
-    return Image.fromarray(enlarge(item.image, max(1, PANEL // len(item.image))))
-
-
-def headline(item: Explained, stage_names: tuple[str, ...], classes: list[str] | None = None) -> str:
-    """Exit, class, confidence, mean depth of the patches and true class, as far as they are known."""
-    text = f"{stage_names[item.exit]}: {class_name(item.predicted, classes)} {item.confidence:.2f}"
-    if item.depth is not None:
-        text += f", mean depth {item.depth.mean():.1f}"
-    return text if item.label is None else f"{text}  (true: {class_name(item.label, classes)})"
-
-
-def picture(item: Explained, stage_names: tuple[str, ...], classes: list[str] | None = None) -> Image.Image:
-    """Input with its region, attention, token depth and kept patches side by side, under the headline."""
-    panels = [reference(item)]
-    side = panels[0].height
-    factor = side // len(item.image)
-    if item.box is not None:
-        left, top, right, bottom = (factor * value for value in item.box)
-        ImageDraw.Draw(panels[0]).rectangle((left, top, right - 1, bottom - 1), outline=BOX, width=3)
-    if item.attention is not None:
-        panels.append(Image.fromarray(enlarge(heat_map(item.image, item.attention), factor)))
-    if item.depth is not None:
-        panels.append(depth_map(item.depth, item.blocks, side))
-    panels += [Image.fromarray(enlarge(dim(item.image, kept), factor)) for kept in item.kept]
-    # Where an image left early the place stays, so that sheets line up.
-    panels += [Image.new("RGB", (side, side), (235, 235, 235))] * (item.panels - len(item.kept))
-    row = beside(panels)
-    sheet = Image.new("RGB", (row.width, HEAD + side), "white")
-    sheet.paste(row, (0, HEAD))
-    known = item.label is not None
-    colour = (RIGHT if item.predicted == item.label else WRONG) if known else NEUTRAL
-    text = headline(item, stage_names, classes)
-    ImageDraw.Draw(sheet).text((2, 3), text, fill=colour, font=ImageFont.load_default(FONT))
-    return sheet
-
-
-def class_name(number: int, classes: list[str] | None) -> str:
-    return classes[number] if classes else str(number)
-
-
-def contact_sheet(
-    items: list[Explained],
-    stage_names: tuple[str, ...],
-    classes: list[str] | None = None,
-    columns: int = 2,
-) -> Image.Image:
-    """All pictures on one page, row by row."""
-    pictures = [picture(item, stage_names, classes) for item in items]
-    gap, width, height = 12, max(p.width for p in pictures), max(p.height for p in pictures)
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
-    page = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for at, one in enumerate(pictures):
-        page.paste(one, (at % columns * (width + gap), at // columns * (height + gap)))
-    return page
-
-
-class Line(NamedTuple):
-    """One model's curve: its name and what inference measured."""
-
-    name: str
-    results: Results
-
-
-MARKED = {0.5: "T=0.5", 0.7: "T=0.7", 0.9: "T=0.9"}
-
-
-def common_threshold(results: Results, at: int) -> float | None:
-    """The threshold of an operating point, if all its early exits have the same."""
-    thresholds = results.dynamic_threshold
-    if thresholds is None:  # a sweep of 101 points, as files of earlier versions hold it
-        return at / 100
-    early = {round(value, 4) for value in thresholds[at][: len(results.flops or thresholds[at]) - 1]}
-    return early.pop() if len(early) == 1 else None
-
-
-def draw_curve(lines: list[Line], path: Path, baselines: list[tuple[str, float, float]] = ()) -> None:
-    """Accuracy against mean GFLOPs: a line per model, a ring per exit, a star per plain model.
-
-    Args:
-        lines: models with a threshold sweep; every tenth threshold is marked.
-        path: of the picture.
-        baselines: name, GFLOPs and top-1 accuracy in percent of models without early exit.
-    """
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for line in lines:
-        gflops, accuracy = line.results.budgeted_batch_classification
-        (drawn,) = axes.plot(gflops, accuracy, label=line.name)
-        for at in range(0, len(gflops), 10):
-            axes.plot(gflops[at], accuracy[at], ".", color=drawn.get_color())
-            if len(lines) == 1 and (note := MARKED.get(common_threshold(line.results, at))):
-                axes.annotate(
-                    note, (gflops[at], accuracy[at]), (4, -11), textcoords="offset points", fontsize=8
-                )
-        if line.results.flops and line.results.anytime_classification:
-            axes.plot(
-                line.results.flops,
-                line.results.anytime_classification,
-                "o",
-                fillstyle="none",
-                color=drawn.get_color(),
-                label="all images to one exit" if line is lines[-1] else None,
-            )
-    for name, gflops, accuracy in baselines:
-        axes.plot(gflops, accuracy, "*", markersize=11, label=name)
-    axes.set_xlabel("mean GFLOPs per image (multiply-adds)")
-    axes.set_ylabel("top-1 accuracy in percent")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    utils.write_atomically(path, lambda temporary: FigureCanvasAgg(figure).print_png(temporary))
+    kept: list[Tensor]
+    blocks: int = 0
+    heat: Tensor | None = None
+    region: Tensor | None = None
+    depth: Tensor | None = None
 
 
 def explain(
@@ -232,8 +68,8 @@ def explain(
     thresholds: list[float],
     batch_size: int = 64,
     labelled: bool = True,
-) -> list[Explained]:
-    """Runs early exit on some images of a data set and keeps what pictures need.
+) -> list[Explanation]:
+    """Run early exit on some images of a data set and keep what pictures show.
 
     Args:
         model: in any mode; it is set to evaluation.
@@ -244,12 +80,11 @@ def explain(
         batch_size: images at a time.
         labelled: whether the second item of a sample is a class.
     """
-    indices, found = list(indices), []
+    indices, items = list(indices), []
     for first in range(0, len(indices), batch_size):
         images, labels = zip(*(dataset[i] for i in indices[first : first + batch_size]), strict=True)
-        found += explain_batch(model, torch.stack(images), labels if labelled else None, config, thresholds)
-    panels = max((len(item.kept) for item in found), default=0)
-    return [item._replace(panels=panels) for item in found]
+        items += explain_batch(model, torch.stack(images), labels if labelled else None, config, thresholds)
+    return items
 
 
 def explain_batch(
@@ -258,63 +93,44 @@ def explain_batch(
     labels: Iterable[int] | None,
     config: dict[str, Any],
     thresholds: list[float],
-) -> list[Explained]:
-    """`explain` on images [B,3,S,S]; the results hold views of one array of pixels."""
+) -> list[Explanation]:
+    """Do what `explain` does on images [B,3,S,S]; the tensors of the results are views of batches."""
     model.eval()
-    rows: list[dict] = [{} for _ in images]
+    rows: list[dict[str, Any]] = [{} for _ in images]
     for step in cascade(model, images.to(next(model.parameters()).device), thresholds):
-        logits, shown = step.output.logits, model.picture(step.output.info)
-        kept = [patches.cpu() for patches in (shown.refined, *shown.kept) if patches is not None]
-        parts = {"heat": shown.heat, "box": shown.region, "depth": shown.depth}
-        parts = {name: value.float().cpu() for name, value in parts.items() if value is not None}
-        predicted, sure = logits.argmax(dim=-1).tolist(), confidence(logits).tolist()
+        logits, parts = step.output.logits, model.picture(step.output.info)
+        maps = {"heat": square(parts.heat), "region": parts.region, "depth": square(parts.depth)}
+        maps = {name: value.cpu() for name, value in maps.items() if value is not None}
+        grid = images.shape[-1] // model.patch_size
+        kept = [mask(index.cpu(), grid) for index in (parts.refined, *parts.kept) if index is not None]
+        predicted, top = logits.argmax(dim=-1).tolist(), confidence(logits).tolist()
         for at, row in enumerate(step.rows.tolist()):
-            rows[row] |= {name: value[at].numpy() for name, value in parts.items()} | {"blocks": shown.blocks}
-            rows[row]["kept"] = [patches[at].numpy() for patches in kept]
-            rows[row] |= {"exit": step.exit, "predicted": predicted[at], "sure": sure[at]}
-    pixels = images.cpu().permute(0, 2, 3, 1) * torch.tensor(config["std"]) + torch.tensor(config["mean"])
-    pixels = (255 * pixels).round().clamp(0, 255).byte().numpy()
-    labels = [None] * len(rows) if labels is None else [int(label) for label in labels]
-    return [as_explained(*found, model.patch_size) for found in zip(pixels, labels, rows, strict=True)]
+            rows[row] |= dict(
+                exit=step.exit, predicted=predicted[at], confidence=top[at], blocks=parts.blocks
+            )
+            rows[row] |= {name: value[at] for name, value in maps.items()} | {"kept": [m[at] for m in kept]}
+    mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
+    pixels = (255 * (images.cpu() * std + mean)).round().clamp(0, 255).byte()
+    labels = [None] * len(rows) if labels is None else map(int, labels)
+    return [Explanation(*columns, **row) for *columns, row in zip(pixels, labels, rows, strict=True)]
 
 
-def as_explained(image: np.ndarray, label: int | None, row: dict, patch_size: int) -> Explained:
-    attention, depth = row.get("heat"), row.get("depth")
-    if attention is not None:
-        attention = attention.reshape(round(len(attention) ** 0.5), -1)
-    if depth is not None:
-        depth = depth.astype(int).reshape(math.isqrt(len(depth)), -1)
-    side, kept = len(image) // patch_size, []
-    for patches in row["kept"]:
-        mask = np.zeros(side * side, dtype=bool)
-        mask[patches[patches >= 0]] = True
-        kept.append(mask.reshape(side, side))
-    return Explained(
-        image=image,
-        attention=attention,
-        depth=depth,
-        blocks=row["blocks"],
-        kept=kept,
-        panels=len(kept),
-        box=tuple(map(int, row["box"])) if "box" in row else None,
-        exit=row["exit"],
-        predicted=row["predicted"],
-        confidence=row["sure"],
-        label=label,
-    )
+def square(cells: Tensor | None) -> Tensor | None:
+    """Return values [B,g*g] as [B,g,g]."""
+    return None if cells is None else cells.unflatten(1, (math.isqrt(cells.shape[1]), -1))
 
 
-def save(image: Image.Image, path: Path) -> None:
-    form = Image.registered_extensions().get(path.suffix.lower())
-    if form is None:
-        raise ValueError(f"{path} is no name of a picture: take one such as picture.png")
-    utils.write_atomically(path, lambda temporary: image.save(temporary, form))
+def mask(patches: Tensor, side: int) -> Tensor:
+    """Return which patches of a grid are among `patches` [B,n], as [B,side,side]; -1 is none of them."""
+    table = torch.zeros(len(patches), side**2 + 1, dtype=torch.bool)
+    table.scatter_(1, patches % (side**2 + 1), True)  # -1 goes to the last column
+    return table[:, :-1].unflatten(1, (side, side))
 
 
 def most_varied(
     model: Adaptive, loader: DataLoader, config: dict[str, Any], thresholds: list[float]
-) -> list[Explained]:
-    """For each class the image whose patches differ most in depth, by standard deviation; classes in order.
+) -> list[Explanation]:
+    """Return for each class, in order, the image whose patches differ most in depth, by standard deviation.
 
     Args:
         model: in any mode; it is set to evaluation.
@@ -323,21 +139,147 @@ def most_varied(
         thresholds: one per exit but the last.
 
     Raises:
-        ValueError: the model does not tell token depths.
+        ValueError: the model has no token depths.
     """
-    best: dict[int, Explained] = {}
+    best: dict[int, tuple[float, Explanation]] = {}
     with utils.progress(len(loader.dataset)) as bar:
         for images, labels in loader:
             for item in explain_batch(model, images, labels, config, thresholds):
                 if item.depth is None:
                     raise ValueError(
                         f"{type(model).__name__} has no token depths to draw by class:"
-                        " take a model whose tokens halt, such as avit_deit_small"
+                        " take a model whose tokens halt"
                     )
-                if item.label not in best or item.depth.std() > best[item.label].depth.std():
-                    best[item.label] = item._replace(image=item.image.copy())  # lets its batch go
+                spread = item.depth.numpy().std()
+                if item.label not in best or spread > best[item.label][0]:
+                    item = item._replace(image=item.image.clone(), depth=item.depth.clone())  # frees batches
+                    best[item.label] = spread, item
             bar.update(len(images))
-    return [best[label] for label in sorted(best)]
+    return [best[label][1] for label in sorted(best)]
+
+
+# Drawing; a picture is a tensor [3,height,width] uint8
+
+
+def enlarge(image: Tensor, side: int) -> Tensor:
+    """Repeat the pixels of images [...,s,s] so that they are `side` wide, a multiple of s."""
+    factor = side // image.shape[-1]
+    return image.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+
+
+def colour(values: Tensor, name: str) -> Tensor:
+    """Return values [h,w] from 0 to 1 in the colours of a matplotlib map, [3,h,w] uint8."""
+    return torch.from_numpy(colormaps[name](values.numpy(), bytes=True)[..., :3]).movedim(-1, 0)
+
+
+def heat_map(image: Tensor, heat: Tensor) -> Tensor:
+    """Draw attention [g,g] over the grey image; the scale runs from 0 to the image's own maximum."""
+    heat = enlarge(colour(heat / heat.max().clamp(min=1e-12), "inferno"), image.shape[-1])
+    grey = image.float().mean(dim=0, keepdim=True)
+    return (0.35 * grey + 0.65 * heat).round().byte()
+
+
+def depth_map(depth: Tensor, blocks: int, side: int) -> Tensor:
+    """Draw token depths [g,g], `side` pixels a side, and the colour bar of their scale.
+
+    The scale is 1 (black) to `blocks` (white) whatever the depths are, so that pictures can be compared; the
+    published ones scale each picture on its own.
+    """
+    cells = enlarge(colour((depth.float() - 1) / max(blocks - 1, 1), "hot"), side)
+    frame = torch.tensor([[0, 0, side - 1, side - 1]])  # white cells would have no end on white paper
+    return beside([draw_bounding_boxes(cells, frame, colors=NEUTRAL), depth_bar(blocks, side)])
+
+
+def depth_bar(blocks: int, side: int) -> Tensor:
+    """Draw the scale of `depth_map`, deepest on top."""
+    figure = Figure(figsize=(BAR / 100, side / 100), dpi=100)
+    mappable = ScalarMappable(Normalize(1, max(blocks, 2)), "hot")
+    axes = figure.add_axes((0, 0.02, 0.33, 0.96))
+    figure.colorbar(mappable, axes, boundaries=np.arange(0.5, blocks + 1), ticks=[1, blocks])
+    axes.tick_params(labelsize=8, length=0)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return torch.from_numpy(np.array(canvas.buffer_rgba())[..., :3]).movedim(-1, 0)
+
+
+def beside(panels: list[Tensor]) -> Tensor:
+    """Put panels of one height in a row."""
+    gap = panels[0].new_full((3, panels[0].shape[1], GAP), 255)
+    return torch.cat([part for panel in panels for part in (gap, panel)][1:], dim=2)
+
+
+def reference(item: Explanation) -> Tensor:
+    """Return the model's input, enlarged if it is small."""
+    side = item.image.shape[-1]
+    return enlarge(item.image, side * max(1, PANEL // side))
+
+
+def headline(item: Explanation, stage_names: tuple[str, ...], classes: list[str] | None = None) -> str:
+    """Tell exit, class, confidence, mean depth of the patches and true class, as far as they are given."""
+    names = classes or range(10**9)  # a class without a name is called by its number
+    text = f"{stage_names[item.exit]}: {names[item.predicted]} {item.confidence:.2f}"
+    if item.depth is not None:
+        text += f", mean depth {item.depth.double().mean():.1f}"
+    return text if item.label is None else f"{text}  (true: {names[item.label]})"
+
+
+def draw(
+    item: Explanation, stage_names: tuple[str, ...], classes: list[str] | None = None, drops: int = 0
+) -> Tensor:
+    """Draw the input with its region, attention, depth and kept patches side by side, under the headline.
+
+    Args:
+        item: what is drawn.
+        stage_names: of the model.
+        classes: names; default: numbers.
+        drops: panels of kept patches; where the image left before, their places stay empty.
+    """
+    image = reference(item)
+    side = image.shape[-1]
+    panels = [image]
+    if item.region is not None:
+        box = item.region * (side // item.image.shape[-1]) - torch.tensor([0, 0, 1, 1])
+        panels = [draw_bounding_boxes(image, box[None], colors=BOX, width=3)]
+    if item.heat is not None:
+        panels.append(heat_map(image, item.heat))
+    if item.depth is not None:
+        panels.append(depth_map(item.depth, item.blocks, side))
+    for kept in item.kept:
+        panels.append(draw_segmentation_masks(image, ~enlarge(kept, side), alpha=0.7, colors="white"))
+    panels += [torch.full_like(image, EMPTY)] * (drops - len(item.kept))
+    row = beside(panels)
+    ink = NEUTRAL if item.label is None else RIGHT if item.predicted == item.label else WRONG
+    head, text = Image.new("RGB", (row.shape[-1], HEAD), "white"), headline(item, stage_names, classes)
+    ImageDraw.Draw(head).text((2, 3), text, fill=ink, font=ImageFont.load_default(14))
+    return torch.cat([pil_to_tensor(head), row], dim=1)
+
+
+def draw_all(
+    items: list[Explanation], stage_names: tuple[str, ...], classes: list[str] | None = None
+) -> list[Tensor]:
+    """Draw explanations of one model, all with the same panels; arguments as for `draw`."""
+    drops = max(len(item.kept) for item in items)
+    return [draw(item, stage_names, classes, drops) for item in items]
+
+
+def contact_sheet(pictures: list[Tensor], columns: int = 2) -> Tensor:
+    """Put pictures of one size on one page, row by row."""
+    if len(pictures) == 1:
+        return pictures[0]
+    page = make_grid(pictures, columns, SHEET_GAP, pad_value=255)
+    return page[:, SHEET_GAP:-SHEET_GAP, SHEET_GAP:-SHEET_GAP]
+
+
+def save(picture: Tensor, path: Path) -> None:
+    """Write a picture in the format that the name says.
+
+    Raises:
+        ValueError: it says none.
+    """
+    form = Image.registered_extensions().get(path.suffix.lower())
+    if form is None:
+        raise ValueError(f"{path} is no name of a picture: take one such as picture.png")
+    utils.write_atomically(path, lambda temporary: to_pil_image(picture).save(temporary, form))
 
 
 def draw_classes(
@@ -349,7 +291,7 @@ def draw_classes(
     classes: list[str],
     columns: int = 2,
 ) -> None:
-    """Draws for each class the image that `most_varied` finds: its input, its token depths, and both.
+    """Draw for each class the image of `most_varied`: its input, its token depths, and both.
 
     Args:
         model, loader, config, thresholds: see `most_varied`.
@@ -358,13 +300,56 @@ def draw_classes(
         columns: of the contact sheet; more where it would be higher than wide.
     """
     items = most_varied(model, loader, config, thresholds)
+    pictures = draw_all(items, model.stage_names, classes)
     folder.mkdir(parents=True, exist_ok=True)
-    for item in items:
-        image = reference(item)
-        start = f"class{item.label}"
+    for item, picture in zip(items, pictures, strict=True):
+        image, start = reference(item), f"class{item.label}"
         save(image, folder / f"{start}_ref.png")
-        save(depth_map(item.depth, item.blocks, image.height), folder / f"{start}_token_depth.png")
-        save(picture(item, model.stage_names, classes), folder / f"{start}_combined.png")
-    columns = max(columns, math.isqrt(len(items)))
-    save(contact_sheet(items, model.stage_names, classes, columns), folder / "contact_sheet.png")
+        save(depth_map(item.depth, item.blocks, image.shape[-1]), folder / f"{start}_token_depth.png")
+        save(picture, folder / f"{start}_combined.png")
+    save(contact_sheet(pictures, max(columns, math.isqrt(len(items)))), folder / "contact_sheet.png")
     log.info("wrote three pictures of each of %d classes and contact_sheet.png to %s", len(items), folder)
+
+
+MARKED = {0.5: "T=0.5", 0.7: "T=0.7", 0.9: "T=0.9"}
+
+
+def common_threshold(results: Results, at: int) -> float | None:
+    """Return the threshold of an operating point, if all its early exits have the same."""
+    thresholds = results.dynamic_threshold
+    if thresholds is None:  # a sweep of 101 points, as files of earlier versions hold it
+        return at / 100
+    early = {round(value, 4) for value in thresholds[at][: len(results.flops or thresholds[at]) - 1]}
+    return early.pop() if len(early) == 1 else None
+
+
+def draw_curve(
+    models: dict[str, Results], path: Path, baselines: Iterable[tuple[str, float, float]] = ()
+) -> None:
+    """Draw accuracy against mean GFLOPs: a line per model, a ring per exit, a star per plain model.
+
+    Args:
+        models: results with a threshold sweep, by name; every tenth threshold is marked.
+        path: of the picture.
+        baselines: name, GFLOPs and top-1 accuracy in percent of models without early exit.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, results in models.items():
+        gflops, accuracy = results.budgeted_batch_classification
+        (line,) = axes.plot(gflops, accuracy, ".-", label=name, markevery=10)
+        for at in range(0, len(gflops), 10) if len(models) == 1 else ():
+            if note := MARKED.get(common_threshold(results, at)):
+                place = dict(xytext=(4, -11), textcoords="offset points", fontsize=8)
+                axes.annotate(note, (gflops[at], accuracy[at]), **place)
+        if results.flops and results.anytime_classification:
+            style = dict(fillstyle="none", color=line.get_color())
+            label = "all images to one exit" if name == [*models][-1] else None
+            axes.plot(results.flops, results.anytime_classification, "o", label=label, **style)
+    for name, gflops, accuracy in baselines:
+        axes.plot(gflops, accuracy, "*", markersize=11, label=name)
+    axes.set_xlabel("mean GFLOPs per image (multiply-adds)")
+    axes.set_ylabel("top-1 accuracy in percent")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    utils.write_atomically(path, lambda temporary: FigureCanvasAgg(figure).print_png(temporary))

@@ -1,7 +1,5 @@
-"""A loaded model with its data: what every mode of dynamic_inference.py works on, and how they show and keep
-results."""
+"""A trained model opened from its checkpoint, and a session: the model, its data and a place for results."""
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,141 +11,224 @@ from torch.utils.data import DataLoader, Dataset
 
 import datasets
 import utils
-from checkpointing.format import Results, add_to_checkpoint, load_checkpoint, load_json, read_file, save_json
+from checkpointing.format import Results, add_to_checkpoint, load_json, read_file, save_json
+from datasets import DataSource
 from engine import Precision, predict
-from loading import loaders
-from loading.loaders import AS_BYTES, OnDevice
-from models import Adaptive, flags
+from loading.loaders import AS_BYTES, DeviceLoader, EvalLoader, Shard
+from models import Adaptive, StageOutput
 from models.cost import exit_gflops
 from models.exits import Predictions
 from models.weights import model_from_checkpoint
 from utils import log
 
 
-class Session(NamedTuple):
-    """A loaded model with everything the modes need."""
+class TrainedModel(NamedTuple):
+    """A model with what its checkpoint says of it.
 
-    args: argparse.Namespace
-    context: utils.Context
-    checkpoint: dict[str, Any]
+    Attributes:
+        model: with its weights, on the CPU until it is moved.
+        name: registered name.
+        kwargs: constructor arguments.
+        config: how images become model input, see `datasets.DATA_CONFIG`.
+        class_names: in the model's order; None where the checkpoint lacks them.
+        checkpoint: its keys.
+    """
+
     model: Adaptive
+    name: str
+    kwargs: dict[str, Any]
     config: dict[str, Any]
-    precision: Precision
-    gflops: list[float]
+    class_names: list[str] | None
+    checkpoint: dict[str, Any]
 
-    def dataset(self, split: str) -> Dataset:
-        dataset = datasets.build_dataset(
-            self.args.data_set,
-            self.args.data_url,
-            split,
-            self.transform(),
-            self.checkpoint.get("class_names"),
-            self.args.inat_category,
-            use_lmdb=self.args.use_lmdb,
-        )
+    def transform(self, as_bytes: bool = False) -> Callable:
+        """Return the transform from image to model input, or to the bytes of which DeviceLoader makes it."""
+        return datasets.eval_transform(self.model.img_size, self.config | (AS_BYTES if as_bytes else {}))
+
+    def dataset(self, source: DataSource, split: str, as_bytes: bool = False) -> Dataset:
+        """Open one split of a data set of the model's classes.
+
+        Raises:
+            FileNotFoundError: the folder, the split or its images are not there.
+            ValueError: its classes cannot be the model's, or see `datasets.build_dataset`.
+        """
+        dataset = datasets.build_dataset(source, split, self.transform(as_bytes), self.class_names)
         datasets.check_classes(dataset, self.model.num_classes)
         return dataset
 
-    def transform(self) -> Callable:
-        """To model input, or with --device-normalize to the bytes of which `loader` makes it."""
-        ending = AS_BYTES if self.args.device_normalize else {}
-        return datasets.eval_transform(self.model.img_size, self.config | ending)
+    def thresholds(self, threshold: float) -> list[float]:
+        """Return one threshold for all exits but the last."""
+        return [threshold] * (self.model.num_exits - 1)
 
-    def loader(self, dataset: Dataset) -> DataLoader | OnDevice:
-        context, args = self.context, self.args
-        beside = args.results or args.output
-        loader = loaders.eval_loader(
-            dataset,
-            args.batch_size,
-            args.num_workers,
-            context.rank,
-            context.world_size,
-            max_bad=args.max_bad_images,
-            bad_list=Path(beside).with_name("bad_images.txt") if beside else None,
+
+def open_model(
+    checkpoint: dict[str, Any],
+    source: str,
+    name: str | None = None,
+    kwargs: dict[str, Any] | None = None,
+    use_ema: bool = False,
+) -> TrainedModel:
+    """Build the model of a checkpoint; arguments and errors are those of `model_from_checkpoint`."""
+    model, name, kwargs = model_from_checkpoint(checkpoint, source, name, kwargs or {}, use_ema)
+    config = datasets.data_config(model.recipe, checkpoint)
+    return TrainedModel(model, name, kwargs, config, checkpoint.get("class_names"), checkpoint)
+
+
+class Loading(NamedTuple):
+    """How images are loaded.
+
+    Attributes:
+        batch_size: images per batch and process.
+        num_workers: loading processes.
+        max_bad: images per split that may be unreadable.
+        bad_list: file that lists them; None for the log.
+        as_bytes: move images as bytes and normalise them on the device.
+    """
+
+    batch_size: int
+    num_workers: int
+    max_bad: int = 0
+    bad_list: Path | None = None
+    as_bytes: bool = False
+
+
+class ResultFile(NamedTuple):
+    """Where results go: into the checkpoint's own keys, or into a JSON file.
+
+    Attributes:
+        checkpoint: the checkpoint's file.
+        json: takes the results instead, if it is given.
+    """
+
+    checkpoint: Path
+    json: Path | None = None
+
+    def check(self) -> None:
+        """Raise ValueError where the checkpoint has a layout that takes no results."""
+        if self.json is None and not isinstance(read_file(self.checkpoint).get("model"), dict):
+            raise ValueError(f"{self.checkpoint} takes no results: name a JSON file for them with --results")
+
+    def add(self, results: Results, extra: dict[str, Any]) -> None:
+        """Merge results into the file; `extra` goes to JSON alone."""
+        if self.json:
+            self.json.parent.mkdir(parents=True, exist_ok=True)
+            old = load_json(self.json) if self.json.exists() else {}
+            save_json(old | results.known() | extra, self.json)
+            log.info("results written to %s", self.json)
+        elif results.known():
+            add_to_checkpoint(self.checkpoint, results.known())
+            log.info("results written into %s", self.checkpoint)
+
+
+class Session(NamedTuple):
+    """A trained model on its device, with its data.
+
+    Attributes:
+        trained: the model, in evaluation mode.
+        source: the labelled data.
+        split: of the data to evaluate on.
+        context: of this process.
+        precision: device and autocast type.
+        loading: how images are loaded.
+        results: where results go.
+        gflops: cumulative cost of leaving at each exit, as counted.
+    """
+
+    trained: TrainedModel
+    source: DataSource
+    split: str
+    context: utils.Context
+    precision: Precision
+    loading: Loading
+    results: ResultFile
+    gflops: list[float]
+
+    @property
+    def model(self) -> Adaptive:
+        return self.trained.model
+
+    def dataset(self, split: str | None = None) -> Dataset:
+        """Open a split; default: the one to evaluate on."""
+        return self.trained.dataset(self.source, split or self.split, self.loading.as_bytes)
+
+    def loader(self, dataset: Dataset) -> DataLoader | DeviceLoader:
+        """Load this process's images of a data set, in order."""
+        context, loading = self.context, self.loading
+        loader = EvalLoader(
+            Shard(dataset, context.rank, context.world_size, loading.max_bad, loading.bad_list),
+            loading.batch_size,
+            num_workers=loading.num_workers,
             pin_memory=context.device.type == "cuda",
         )
-        return OnDevice(loader, context.device, self.config) if args.device_normalize else loader
+        return DeviceLoader(loader, context.device, self.trained.config) if loading.as_bytes else loader
 
     def predict(
-        self, dataset: Dataset, on_batch: Callable[[Tensor, list], None] | None = None
+        self, dataset: Dataset, on_batch: Callable[[Tensor, list[StageOutput]], None] | None = None
     ) -> Predictions:
-        """All exits on a labelled data set, with a progress bar."""
+        """Run all stages on a labelled data set, with a progress bar; see `engine.predict`."""
         loader = self.loader(dataset)
         with utils.progress(len(loader.dataset), shown=self.context.is_main) as bar:
 
-            def seen(images: Tensor, outputs: list) -> None:
+            def after_batch(images: Tensor, outputs: list[StageOutput]) -> None:
                 bar.update(len(images))
                 if on_batch:
                     on_batch(images, outputs)
 
-            return predict(self.model, loader, self.precision, seen)
+            return predict(self.model, loader, self.precision, after_batch)
 
-    def thresholds(self) -> list[float]:
-        return [self.args.threshold] * (self.model.num_exits - 1)
+    def store(self, results: Results, extra: dict[str, Any]) -> None:
+        """Keep results, see `ResultFile.add`."""
+        if self.context.is_main:
+            self.results.add(results, extra)
+
+    def print_table(self, title: str, header: list[str], rows: list[list[Any]]) -> None:
+        if self.context.is_main:
+            print_table(title, header, rows)
+
+    def print_exits(self, predictions: Predictions) -> list[float]:
+        """Print accuracy and cost of every exit; return the top-1 accuracies."""
+        summary, cost = predictions.summary(), predictions.gflops
+        accuracy = [summary[f"exit{k}_acc1"] for k in range(self.model.num_exits)]
+        means = self.gflops if cost is None else cost.double().mean(dim=0).tolist()
+        rows = [
+            [stage, means[k], accuracy[k], summary[f"exit{k}_acc5"]]
+            for k, stage in enumerate(self.model.stage_names)
+        ]
+        self.print_table("all images to one exit", ["exit", "GFLOPs", "top-1 %", "top-5 %"], rows)
+        if cost is not None:
+            shares = torch.tensor([0, 0.1, 0.25, 0.5, 0.75, 0.9, 1], dtype=torch.float64)
+            row = cost[:, -1].double().quantile(shares).tolist()
+            header = ["least", "10 %", "25 %", "median", "75 %", "90 %", "most"]
+            self.print_table(f"GFLOPs per image, full depth {self.gflops[-1]:.4g}", header, [row])
+        return accuracy
 
 
-def open_session(args: argparse.Namespace, context: utils.Context) -> Session:
-    checkpoint = load_checkpoint(args.checkpoint_path)
-    stores = not (args.results or args.images or args.budget is not None)
-    if stores and not isinstance(read_file(Path(args.checkpoint_path)).get("model"), dict):
-        raise ValueError(f"{args.checkpoint_path} takes no results: name a JSON file for them with --results")
-    model, name, _ = model_from_checkpoint(
-        checkpoint, args.checkpoint_path, args.model, flags.constructor_kwargs(vars(args)), args.use_ema
-    )
-    gflops = exit_gflops(model)
-    check_flops(Results.of(checkpoint).flops, gflops)
-    model.to(context.device).eval()
-    config = datasets.data_config(model.recipe, checkpoint)
-    return Session(args, context, checkpoint, model, config, Precision.of(context.device, args.amp), gflops)
+def open_session(
+    trained: TrainedModel,
+    source: DataSource,
+    split: str,
+    context: utils.Context,
+    precision: Precision,
+    loading: Loading,
+    results: ResultFile,
+) -> Session:
+    """Count a model's cost and move it to its device; the attributes are those of `Session`."""
+    gflops = exit_gflops(trained.model)
+    check_flops(Results.of(trained.checkpoint).flops, gflops)
+    trained.model.to(context.device).eval()
+    return Session(trained, source, split, context, precision, loading, results, gflops)
 
 
 def check_flops(stored: list[float] | None, counted: list[float]) -> None:
-    """Warns where a checkpoint's GFLOPs are not what the code runs."""
+    """Warn where a checkpoint's GFLOPs are not what the code runs."""
     if stored is None:
         return
     if len(stored) != len(counted) or any(
         abs(s - c) > 0.01 * c for s, c in zip(stored, counted, strict=False)
     ):
-        said, found = (", ".join(f"{value:.3f}" for value in values) for values in (stored, counted))
-        log.warning("warning: the checkpoint says %s GFLOPs, counted are %s; the count is used", said, found)
+        texts = [", ".join(f"{value:.3f}" for value in values) for values in (stored, counted)]
+        log.warning("warning: the checkpoint says %s GFLOPs, counted are %s; the count is used", *texts)
 
 
-def show(title: str, header: list[str], rows: list[list[Any]]) -> None:
-    """Prints a table."""
+def print_table(title: str, header: list[str], rows: list[list[Any]]) -> None:
     print(f"\n{title}\n{tabulate(rows, header, floatfmt='.4g')}")
-
-
-def store(session: Session, results: Results, extra: dict[str, Any]) -> None:
-    """Merges results into the checkpoint, or writes them with `extra` to --results."""
-    args = session.args
-    if not session.context.is_main:
-        return
-    if args.results:
-        path = Path(args.results)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        old = load_json(path) if path.exists() else {}
-        save_json(old | results.known() | extra, path)
-        log.info("results written to %s", path)
-    elif results.known():
-        add_to_checkpoint(Path(args.checkpoint_path), results.known())
-        log.info("results written into %s", args.checkpoint_path)
-
-
-def show_exits(session: Session, predictions: Predictions) -> list[float]:
-    """Prints accuracy and cost of every exit; returns the top-1 accuracies."""
-    found = predictions.summary()
-    accuracy = [found[f"exit{k}_acc1"] for k in range(session.model.num_exits)]
-    cost = predictions.gflops
-    means = session.gflops if cost is None else cost.double().mean(dim=0).tolist()
-    rows = [
-        [stage, means[k], accuracy[k], found[f"exit{k}_acc5"]]
-        for k, stage in enumerate(session.model.stage_names)
-    ]
-    if session.context.is_main:
-        show("all images to one exit", ["exit", "GFLOPs", "top-1 %", "top-5 %"], rows)
-        if cost is not None:
-            shares = torch.tensor([0, 0.1, 0.25, 0.5, 0.75, 0.9, 1], dtype=torch.float64)
-            row = cost[:, -1].double().quantile(shares).tolist()
-            header = ["least", "10 %", "25 %", "median", "75 %", "90 %", "most"]
-            show(f"GFLOPs per image, full depth {session.gflops[-1]:.4g}", header, [row])
-    return accuracy

@@ -1,7 +1,7 @@
-"""Early exit over a stream of batches: who goes on waits until a full batch of them is there.
+"""Early exit over a stream of batches: images that stay are queued until a later stage has a full batch.
 
-Exit-aware batching, as in DREX (arXiv 2512.15705): without it every later stage runs on the few images that a
-batch leaves over, of a different number each time.
+Exit-aware batching, as in DREX (arXiv 2512.15705). Without it every later stage runs on the few images that
+one batch leaves over, of a different number each time.
 """
 
 import argparse
@@ -16,13 +16,13 @@ from torch.utils._pytree import tree_map_only
 
 from engine import Precision, check_thresholds
 from models import Adaptive
-from models.exits import confidence
+from models.exits import confidence, leaves
 
-PATIENCE = 64  # batches that an image may wait for others
+MAX_WAIT = 64  # batches of the stream that an image may stay queued
 
 
-class Waiting(NamedTuple):
-    """Images on their way to a stage.
+class StageInput(NamedTuple):
+    """Images that a stage is to run on.
 
     Attributes:
         numbers: [b] in the stream, increasing, on the host.
@@ -34,78 +34,76 @@ class Waiting(NamedTuple):
     images: Tensor
     info: dict[str, Tensor]
 
-    def take(self, rows: Tensor | slice, at: Tensor | slice) -> "Waiting":
-        """Some rows, by their places on the host and on the device."""
-        return Waiting(
-            self.numbers[rows], self.images[at], {name: value[at] for name, value in self.info.items()}
-        )
+    def take(self, host_rows: Tensor | slice, device_rows: Tensor | slice) -> "StageInput":
+        """Return some rows, given twice: as an index on the host and as one on the device."""
+        info = {name: value[device_rows] for name, value in self.info.items()}
+        return StageInput(self.numbers[host_rows], self.images[device_rows], info)
 
 
-def join(parts: list[Waiting]) -> Waiting:
+def concatenate(parts: list[StageInput]) -> StageInput:
     if len(parts) == 1:
         return parts[0]
     info = {name: torch.cat([part.info[name] for part in parts]) for name in parts[0].info}
-    return Waiting(torch.cat([p.numbers for p in parts]), torch.cat([p.images for p in parts]), info)
+    return StageInput(torch.cat([p.numbers for p in parts]), torch.cat([p.images for p in parts]), info)
 
 
-class Decision(NamedTuple):
-    """A stage's images and, once `ready`, who of them leaves.
+class PendingDecision(NamedTuple):
+    """Which images leave at an exit, on its way to the host.
 
     Attributes:
-        exit: of the stage.
-        waiting: its images, with what the next stage reads.
-        leaves: [b] bool, on the host.
-        ready: event of the copy to the host; None where there is nothing to wait for.
+        exit: number of the stage.
+        inputs: the stage's images, with its info for the next stage.
+        leaving: [b] bool, on the host once `copied`.
+        copied: event of the copy to the host; None where nothing is copied.
     """
 
     exit: int
-    waiting: Waiting
-    leaves: Tensor
-    ready: "torch.cuda.Event | None"
+    inputs: StageInput
+    leaving: Tensor
+    copied: "torch.cuda.Event | None"
 
 
-class Line:
+class StageQueue:
     """First in, first out: images before one stage."""
 
     def __init__(self):
-        self.parts: deque[Waiting] = deque()
+        self.parts: deque[StageInput] = deque()
         self.count = 0
 
-    def push(self, waiting: Waiting) -> None:
-        self.parts.append(waiting)
-        self.count += len(waiting.numbers)
+    def push(self, inputs: StageInput) -> None:
+        self.parts.append(inputs)
+        self.count += len(inputs.numbers)
 
-    def pop(self, most: int) -> Waiting:
-        """The first images, at most so many."""
-        taken, left = [], min(most, self.count)
-        self.count -= left
-        while left:
+    def pop(self, limit: int) -> StageInput:
+        """Remove and return the first images, at most `limit` of them."""
+        parts, missing = [], min(limit, self.count)
+        self.count -= missing
+        while missing:
             part = self.parts.popleft()
-            if len(part.numbers) > left:
-                self.parts.appendleft(part.take(slice(left, None), slice(left, None)))
-                part = part.take(slice(left), slice(left))
-            taken.append(part)
-            left -= len(part.numbers)
-        return join(taken)
+            if len(part.numbers) > missing:
+                self.parts.appendleft(part.take(slice(missing, None), slice(missing, None)))
+                part = part.take(slice(missing), slice(missing))
+            parts.append(part)
+            missing -= len(part.numbers)
+        return concatenate(parts)
 
 
 class ExitStream:
-    """Early exit over batches, each stage on full batches of survivors.
+    """Early exit over batches, each later stage on full batches.
 
-    An image's answer is that of `engine.early_exit`, whatever the batches are. The host waits for nothing but
-    who leaves; on CUDA it does so while the next batch is already under way.
+    An image's result is that of `engine.early_exit`, whatever the batches are. The host waits for exit
+    decisions alone; on CUDA it does so while the next batch is already under way.
 
-    Memory: before each stage but the first wait less than two batches of images with the info of the stage
-    before, and logits of (patience + 3) * batch_size images are kept, because answers are in input order.
+    Memory: each queue holds less than two batches of images with the info of the stage before. Results of
+    (max_wait + 3) * batch_size images are kept, because they come out in input order.
 
     Args:
         model: in evaluation mode.
         precision: device and autocast type.
         thresholds: one per exit but the last, as for `engine.early_exit`.
         batch_size: images per run of a stage; no batch of the stream may be larger.
-        pad: fill batches that are smaller, the last ones, with copies of an image, so that every stage sees
-            one shape: for compiled stages.
-        patience: batches after which an image goes on in a smaller batch.
+        pad: fill smaller batches with copies of an image, so that compiled stages see one shape.
+        max_wait: batches of the stream after which a queued image goes on in a smaller batch.
 
     Raises:
         ValueError: the number of thresholds does not fit the model.
@@ -118,14 +116,14 @@ class ExitStream:
         thresholds: list[float],
         batch_size: int,
         pad: bool = False,
-        patience: int = PATIENCE,
+        max_wait: int = MAX_WAIT,
     ):
         check_thresholds(model, thresholds)
         self.model, self.precision, self.thresholds = model, precision, thresholds
-        self.batch_size, self.pad, self.patience = batch_size, pad, patience
+        self.batch_size, self.pad, self.max_wait = batch_size, pad, max_wait
 
     def __call__(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Classifies batches of images [b,3,S,S] that are on the device.
+        """Classify batches of images [b,3,S,S] that are on the device.
 
         Raises:
             ValueError: a batch is larger than batch_size.
@@ -133,128 +131,130 @@ class ExitStream:
         Yields:
             For each of them logits [b,K] of the exits taken and these exits [b] int64, in input order.
         """
-        return Pass(self).over(batches)
+        return StreamState(self).run(batches)
 
 
-class Pass:
-    """One pass of an `ExitStream`: its lines, its pending decisions and a ring of answers."""
+class StreamState:
+    """What one run of an `ExitStream` keeps: queues, pending decisions and a ring buffer of results."""
 
     def __init__(self, stream: ExitStream):
         self.stream = stream
-        self.lines = [Line() for _ in stream.thresholds]  # line k is before stage k + 1
-        self.decisions: deque[Decision] = deque()
-        self.sizes: deque[int] = deque()  # of the batches that are not answered yet
-        self.first = self.seen = 0  # number of the first image without an answer, and of the next
-        self.room = (stream.patience + 3) * stream.batch_size
+        self.queues = [StageQueue() for _ in stream.thresholds]  # queue k is before stage k + 1
+        self.decisions: deque[PendingDecision] = deque()
+        self.sizes: deque[int] = deque()  # of the batches whose results are not out yet
+        self.first_open = self.total = 0  # number of the first image whose result is not out, and of the next
+        self.capacity = (stream.max_wait + 3) * stream.batch_size
         device = stream.precision.device
-        self.exits = torch.zeros(self.room, dtype=torch.int64, device=device)
+        self.exits = torch.zeros(self.capacity, dtype=torch.int64, device=device)
         self.logits: Tensor | None = None
-        self.overlap = 1 if device.type == "cuda" else 0  # decisions that may be under way
+        self.max_pending = 1 if device.type == "cuda" else 0  # decisions that may be under way
 
-    def over(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        # Inference mode around the work alone: between two answers the caller's mode is its own.
+    def run(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Run the stages on batches and yield their results, see `ExitStream`."""
+        # Inference mode around the work alone: between two results the caller's mode is its own.
         for images in batches:
             if len(images) > self.stream.batch_size:
                 raise ValueError(f"a batch of {len(images)} images in a stream of {self.stream.batch_size}")
             with torch.inference_mode():
                 self.sizes.append(len(images))
-                self.run(0, Waiting(torch.arange(self.seen, self.seen + len(images)), images, {}))
-                self.seen += len(images)
-                self.settle(self.overlap)
-                while self.oldest() < self.seen - self.stream.patience * self.stream.batch_size:
-                    self.hurry()
-            yield from self.answers()
+                numbers = torch.arange(self.total, self.total + len(images))
+                self.run_stage(0, StageInput(numbers, images, {}))
+                self.total += len(images)
+                self.apply_decisions(self.max_pending)
+                while self.first_undecided() < self.total - self.stream.max_wait * self.stream.batch_size:
+                    self.flush_one_queue()
+            yield from self.finished_batches()
         with torch.inference_mode():
-            while self.oldest() < self.seen:
-                self.hurry()
-        yield from self.answers()
+            while self.first_undecided() < self.total:
+                self.flush_one_queue()
+        yield from self.finished_batches()
 
-    def run(self, k: int, waiting: Waiting) -> None:
-        """Runs a stage, writes its logits as answers so far, and has its decision sent to the host."""
-        stream, n = self.stream, len(waiting.numbers)
-        images, info = waiting.images, waiting.info
+    def run_stage(self, k: int, inputs: StageInput) -> None:
+        """Run a stage, write its logits as results so far, and start the copy of its decision to the host."""
+        stream, n = self.stream, len(inputs.numbers)
+        images, info = inputs.images, inputs.info
         if stream.pad and n < stream.batch_size:
             rows = torch.arange(stream.batch_size, device=images.device).clamp(max=n - 1)
-            _, images, info = waiting.take(slice(0), rows)
+            _, images, info = inputs.take(slice(0), rows)
         with stream.precision.autocast():
             logits, info = stream.model.stage(k, images, info)
         logits = logits[:n]
         if self.logits is None:
-            self.logits = logits.new_zeros(self.room, logits.shape[1])
-        place = self.to_device(waiting.numbers % self.room)
-        self.logits.index_copy_(0, place, logits)
-        self.exits.index_fill_(0, place, k)
-        if k == len(self.lines):
+            self.logits = logits.new_zeros(self.capacity, logits.shape[1])
+        slots = self.to_device(inputs.numbers % self.capacity)
+        self.logits.index_copy_(0, slots, logits)
+        self.exits.index_fill_(0, slots, k)
+        if k == len(self.queues):
             return
-        leaves, ready = confidence(logits) >= stream.thresholds[k], None
-        if leaves.is_cuda:
-            leaves, ready = leaves.to("cpu", non_blocking=True), torch.cuda.Event()
-            ready.record()
-        self.decisions.append(Decision(k, Waiting(waiting.numbers, waiting.images, info), leaves, ready))
+        leaving, copied = leaves(confidence(logits), stream.thresholds[k]), None
+        if leaving.is_cuda:
+            leaving, copied = leaving.to("cpu", non_blocking=True), torch.cuda.Event()
+            copied.record()
+        outputs = StageInput(inputs.numbers, inputs.images, info)
+        self.decisions.append(PendingDecision(k, outputs, leaving, copied))
 
     def to_device(self, numbers: Tensor) -> Tensor:
         device = self.stream.precision.device
         return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
 
-    def settle(self, most: int) -> None:
-        """Carries out decisions until at most so many are under way, and runs what is full."""
-        while len(self.decisions) > most:
-            k, waiting, leaves, ready = self.decisions.popleft()
-            if ready is not None:
-                ready.synchronize()
-            stay = (~leaves).nonzero()[:, 0]
+    def apply_decisions(self, max_pending: int) -> None:
+        """Queue the images that stay until at most `max_pending` decisions are left; run full batches."""
+        while len(self.decisions) > max_pending:
+            k, inputs, leaving, copied = self.decisions.popleft()
+            if copied is not None:
+                copied.synchronize()
+            stay = (~leaving).nonzero()[:, 0]
             if len(stay):
-                whole = len(stay) == len(leaves)
-                place = slice(len(stay)) if whole else self.to_device(stay)
-                self.lines[k].push(waiting.take(stay, place))
-            while self.lines[k].count >= self.stream.batch_size:
-                self.run(k + 1, self.lines[k].pop(self.stream.batch_size))
+                all_stay = len(stay) == len(leaving)
+                device_rows = slice(len(stay)) if all_stay else self.to_device(stay)
+                self.queues[k].push(inputs.take(stay, device_rows))
+            while self.queues[k].count >= self.stream.batch_size:
+                self.run_stage(k + 1, self.queues[k].pop(self.stream.batch_size))
 
-    def hurry(self) -> None:
-        """Lets the first line that is not empty go on, full batch or not."""
-        self.settle(0)
-        for k, line in enumerate(self.lines):
-            if line.count:
-                self.run(k + 1, line.pop(self.stream.batch_size))
+    def flush_one_queue(self) -> None:
+        """Run the first stage that has images queued, be it on less than a full batch."""
+        self.apply_decisions(0)
+        for k, queue in enumerate(self.queues):
+            if queue.count:
+                self.run_stage(k + 1, queue.pop(self.stream.batch_size))
                 break
-        self.settle(0)
+        self.apply_decisions(0)
 
-    def oldest(self) -> int:
-        """Number of the first image that may still go on."""
-        firsts = [int(decision.waiting.numbers[0]) for decision in self.decisions]
-        firsts += [int(line.parts[0].numbers[0]) for line in self.lines if line.count]
-        return min(firsts, default=self.seen)
+    def first_undecided(self) -> int:
+        """Return the number of the first image whose exit is undecided."""
+        numbers = [int(decision.inputs.numbers[0]) for decision in self.decisions]
+        numbers += [int(queue.parts[0].numbers[0]) for queue in self.queues if queue.count]
+        return min(numbers, default=self.total)
 
-    def answers(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches at the front that are answered in full."""
-        oldest = self.oldest()
-        while self.sizes and self.first + self.sizes[0] <= oldest:
+    def finished_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the results of the batches at the front all of whose images have taken their exit."""
+        undecided = self.first_undecided()
+        while self.sizes and self.first_open + self.sizes[0] <= undecided:
             size = self.sizes.popleft()
-            place = self.to_device(torch.arange(self.first, self.first + size) % self.room)
-            self.first += size
-            yield self.logits[place], self.exits[place]
+            slots = self.to_device(torch.arange(self.first_open, self.first_open + size) % self.capacity)
+            self.first_open += size
+            yield self.logits[slots], self.exits[slots]
 
 
 def compile_models(
     runs: dict[Adaptive, Callable[[], object]], mode: str = "default", names: tuple[str, ...] = ()
 ) -> str | None:
-    """Compiles models for inference, or none of them where one fails.
+    """Compile models for inference, or none of them where one fails.
 
     Args:
-        runs: of every model a run of the shapes that it is compiled for.
+        runs: for every model, a run of the shapes that it is compiled for.
         mode: "reduce-overhead" records CUDA graphs, where the device is one and shapes do not change.
         names: methods to compile; default: the model's own `compiled`.
 
     Returns:
-        None, or in one line why all are as they were.
+        None, or the reason in one line why no model is compiled.
     """
-    torch._dynamo.reset()  # nothing inherits the shapes or the count of recompilations of others
+    torch._dynamo.reset()  # shapes and recompilations of earlier models do not count
     try:
         for model, run in runs.items():
             for name in names or model.compiled:
-                method = getattr(model, name)
                 options = model.compiled.get(name, {}) or {"mode": mode}
-                compiled = torch.compile(method, **options)
+                compiled = torch.compile(getattr(model, name), **options)
                 compiled = keep_outputs(compiled) if options.get("mode") == "reduce-overhead" else compiled
                 setattr(model, name, compiled)
             run()
@@ -265,7 +265,7 @@ def compile_models(
 
 
 def keep_outputs(method: Callable) -> Callable:
-    """Copies what a method returns: a CUDA graph writes its next outputs to the same memory."""
+    """Make a method return copies: a CUDA graph writes its next outputs to the same memory."""
 
     def call(*args: Any) -> Any:
         torch.compiler.cudagraph_mark_step_begin()
@@ -275,20 +275,21 @@ def keep_outputs(method: Callable) -> Callable:
 
 
 def uncompile(models: Iterable[Adaptive]) -> None:
+    """Undo `compile_models`."""
     for model in models:
         for name in ("forward", *model.compiled):
             vars(model).pop(name, None)
 
 
 def all_stages(model: Adaptive, precision: Precision, batch_size: int) -> Callable[[], object]:
-    """A run of a batch of that size through all stages."""
+    """Return a function that runs all stages on one batch of zeros."""
     stream = ExitStream(model, precision, [math.inf] * (model.num_exits - 1), batch_size)
     images = torch.zeros(batch_size, 3, model.img_size, model.img_size, device=precision.device)
     return lambda: list(stream([images]))
 
 
 def add_compile(parser: argparse.ArgumentParser) -> None:
-    """Adds --compile for inference."""
+    """Add --compile for inference."""
     parser.add_argument(
         "--compile",
         nargs="?",

@@ -1,7 +1,7 @@
-"""Data sets that come as archives: LMDB files and WebDataset's tar shards; hugging_face.py has one more.
+"""Read data sets that come as archives: LMDB files and WebDataset's tar shards.
 
 Each is read by index, as a folder is, so that shuffling, sharding and repeating are those of any other data
-set and every image is seen as often as it should be. Nothing is ever unpickled.
+set. Nothing is ever unpickled.
 """
 
 import hashlib
@@ -12,12 +12,12 @@ import os
 import struct
 import tarfile
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from importlib import import_module
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-import lmdb
 import numpy as np
 import torch
 from timm.data.readers import create_reader
@@ -26,19 +26,34 @@ from torch.utils.data import Dataset
 from loading.images import load_image
 from utils import write_atomically
 
+if TYPE_CHECKING:
+    import lmdb
+
 log = logging.getLogger("adaptive-vit")
 
 
+def import_extra(package: str, purpose: str) -> ModuleType:
+    """Import a package that only some data sets need; ValueError where it is missing."""
+    try:
+        return import_module(package)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{purpose} needs the package {package}: pip install {package}") from error
+
+
+def import_lmdb() -> ModuleType:
+    return import_extra("lmdb", "an LMDB file")
+
+
 class Archive(Dataset):
-    """Encoded images by index, with their classes; yields (image, label).
+    """Hold encoded images by index, with their classes; an item is (image, label).
 
     Attributes:
         side: see images.load_image.
 
     Args:
-        source: what errors call the archive.
+        source: name of the archive in errors.
         names: of its classes by number; where it has none, how many there are.
-        given: class names in the model's order; default: the archive's own.
+        model_classes: class names in the model's order; default: the archive's own.
         transform: from image to model input.
 
     Raises:
@@ -48,16 +63,16 @@ class Archive(Dataset):
     side = 0
 
     def __init__(
-        self, source: str, names: list[str] | int, given: list[str] | None, transform: Callable | None
+        self, source: str, names: list[str] | int, model_classes: list[str] | None, transform: Callable | None
     ):
         self.source, self.transform = source, transform
         if isinstance(names, int):  # the numbers are then taken to be those of the model
-            if given and names > len(given):
-                raise ValueError(f"{source} has {names} classes, but the model {len(given)}")
-            self.classes = given or [str(number) for number in range(names)]
+            if model_classes and names > len(model_classes):
+                raise ValueError(f"{source} has {names} classes, but the model {len(model_classes)}")
+            self.classes = model_classes or [str(number) for number in range(names)]
             self.numbers = list(range(names))
         else:
-            self.classes = given or names
+            self.classes = model_classes or names
             if unknown := sorted(set(names) - set(self.classes)):
                 raise ValueError(
                     f"{source} has the class {unknown[0]!r}, which is not among the model's classes"
@@ -66,7 +81,7 @@ class Archive(Dataset):
             self.numbers = [order[name] for name in names]
 
     def record(self, index: int) -> tuple[bytes, int]:
-        """An image's file and its class number in the archive."""
+        """Return an image's file and its class number in the archive."""
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
@@ -85,42 +100,44 @@ LENGTH, CLASSES = b"__len__", b"__classes__"  # plain ASCII; JSON list
 MAGIC, VERSION = b"IMGR", 1
 HEADER = struct.Struct("<4sIq")  # magic, version, label; the image's file follows
 
-environments: dict[str, tuple[int, lmdb.Environment]] = {}
+environments: dict[str, tuple[int, "lmdb.Environment"]] = {}  # process and handle, by file
 
 
 def pack(label: int, data: bytes) -> bytes:
-    """A record of an image's file and its class number."""
+    """Return the record of a class number and an image's file."""
     return HEADER.pack(MAGIC, VERSION, label) + data
 
 
-def environment(path: str) -> lmdb.Environment:
-    """The file opened for reading, once per process.
+def environment(path: str) -> "lmdb.Environment":
+    """Open a file for reading, once per process, and return its handle.
 
-    A handle must not be used in another process than its own, and the same file not be opened twice in one:
-    it is kept here, not in the data set, which can then be pickled and forked into workers as it is.
+    A handle must not be used in another process than its own, and a process must not open a file twice. So
+    handles are kept here and not in the data set, which can then be pickled and forked into workers.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or the package lmdb is missing.
     """
-    process, found = environments.get(path, (None, None))
+    process, handle = environments.get(path, (None, None))
     if process == os.getpid():
-        return found
-    if found:  # inherited through a fork: this closes the copy, not the parent's
-        found.close()
+        return handle
+    if handle:  # inherited through a fork: this closes the copy, not the parent's
+        handle.close()
+    lmdb = import_lmdb()
     again = "convert the folder again with scripts/folder2lmdb.py"
     try:
-        opened = lmdb.open(path, subdir=False, readonly=True, lock=False, readahead=False, meminit=False)
+        handle = lmdb.open(path, subdir=False, readonly=True, lock=False, readahead=False, meminit=False)
     except lmdb.Error as error:
         raise ValueError(f"{path} is not a readable LMDB file ({error}): {again}") from error
-    if (opened.info()["last_pgno"] + 1) * opened.stat()["psize"] > os.path.getsize(path):
-        opened.close()  # reading behind the end would kill the process
+    if (handle.info()["last_pgno"] + 1) * handle.stat()["psize"] > os.path.getsize(path):
+        handle.close()  # reading behind the end would kill the process
         raise ValueError(f"{path} is cut off: copy it, or {again}")
-    environments[path] = os.getpid(), opened
-    return opened
+    environments[path] = os.getpid(), handle
+    return handle
 
 
 def entry(path: str, key: bytes) -> bytes | None:
-    """The value of a key, None if there is none; ValueError where the file is damaged."""
+    """Return the value of a key, None if there is none; ValueError where the file is damaged."""
+    lmdb = import_lmdb()
     try:
         with environment(path).begin() as transaction:
             return transaction.get(key)
@@ -129,7 +146,7 @@ def entry(path: str, key: bytes) -> bytes | None:
 
 
 class Lmdb(Archive):
-    """A split in one LMDB file, as scripts/folder2lmdb.py makes it.
+    """Read a split from an LMDB file, as scripts/folder2lmdb.py makes it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -143,7 +160,7 @@ class Lmdb(Archive):
         first, length, names = (entry(self.path, key) for key in (b"0", LENGTH, CLASSES))
         if first is None or length is None or names is None or not first.startswith(MAGIC):
             raise ValueError(
-                f"{path} is of another layout, such as the pyarrow records of EViT's script:"
+                f"{path} is of another layout, such as another script's pyarrow records:"
                 " convert the folder again with scripts/folder2lmdb.py"
             )
         self.length = int(length)
@@ -163,12 +180,12 @@ class Lmdb(Archive):
 
 
 class Shards(Archive):
-    """WebDataset: tar files on disk with an image and a .cls or .json beside it per sample.
+    """Read WebDataset's tar files on disk; a sample is an image and a .cls or .json with its label.
 
-    timm's reader streams them. It cannot give every image exactly once: workers get whole shards, a process
-    with the smaller ones repeats images, and evaluation on several processes leaves some out. So the reader
-    only says which shards are a split's, and the images are read by their places in them, which are looked up
-    once and kept in torch.hub's folder.
+    timm's reader streams shards and cannot give every image exactly once: workers get whole shards, a process
+    with the smaller ones repeats images, and evaluation on several processes leaves some out. Here the reader
+    only names the shards of a split. Images are read by their places in the shards, which are looked up once
+    and kept in torch.hub's folder.
 
     A split is one that the folder's _info.json lists, a pattern in timm's form (val-{000..003}.tar), or
     SPLIT.tar, SPLIT-*.tar, SPLIT/*.tar. Class names are the lines of classes.txt, if that is there.
@@ -183,21 +200,21 @@ class Shards(Archive):
         transform: Callable | None = None,
         classes: list[str] | None = None,
     ):
-        self.paths, key, wanted = find_shards(root, names)
+        self.paths, key, lengths = find_shards(root, names)
         places = places_of(self.paths, key)
-        for number, count in enumerate(wanted):
-            if (found := np.count_nonzero(places["shard"] == number)) != count:
-                raise ValueError(f"{self.paths[number]} holds {found} images and _info.json says {count}")
+        for number, length in enumerate(lengths):
+            if (count := np.count_nonzero(places["shard"] == number)) != length:
+                raise ValueError(f"{self.paths[number]} holds {count} images and _info.json says {length}")
         labelled = places["label"] >= 0  # timm leaves out a sample with -1 as well
         self.places = {name: column[labelled] for name, column in places.items()}
         if not len(self):
             raise FileNotFoundError(f"no image in {self.paths[0]} and the other shards of {names[0]}")
         largest = int(self.places["label"].max())
         file = root / "classes.txt"
-        known = [line.strip() for line in file.read_text().splitlines()] if file.is_file() else []
-        if known and largest >= len(known):
-            raise ValueError(f"{file} has {len(known)} classes, and there is a label {largest}")
-        super().__init__(f"{root} ({names[0]})", known or largest + 1, classes, transform)
+        listed = [line.strip() for line in file.read_text().splitlines()] if file.is_file() else []
+        if listed and largest >= len(listed):
+            raise ValueError(f"{file} has {len(listed)} classes, and there is a label {largest}")
+        super().__init__(f"{root} ({names[0]})", listed or largest + 1, classes, transform)
 
     def __len__(self) -> int:
         return len(self.places["label"])
@@ -213,9 +230,15 @@ PLACE = ("shard", "offset", "size", "label")
 
 
 def find_shards(root: Path, names: list[str]) -> tuple[list[Path], str, tuple[int, ...]]:
-    """Shards of a split, the key of its labels in .json files ("" for .cls), and how many images each holds.
+    """Find the shards of a split.
 
-    The last is empty where nothing says so.
+    Args:
+        root: folder of the shards.
+        names: of the split: the first that is there.
+
+    Returns:
+        The shards, the key of the labels in .json files ("" for .cls), and how many images each shard holds,
+        () where no file says so.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}: wds/ reads shards on disk")
@@ -223,8 +246,7 @@ def find_shards(root: Path, names: list[str]) -> tuple[list[Path], str, tuple[in
     reason = f"it needs an _info.json that lists them, or files {names[0]}-*.tar"
     for name in names:
         if described or "tar" in name or ".." in name:
-            if find_spec("webdataset") is None:
-                raise ValueError("--data-set wds/ needs the package webdataset: pip install webdataset")
+            import_extra("webdataset", "--data-set wds/")
             try:
                 split = create_reader("wds/", root=str(root), split=name).split_info
             except (RuntimeError, KeyError, TypeError) as error:
@@ -232,21 +254,26 @@ def find_shards(root: Path, names: list[str]) -> tuple[list[Path], str, tuple[in
                 continue
             return [root / file for file in split.filenames], split.alt_label, tuple(split.shard_lengths)
         patterns = (f"{name}.tar", f"{name}[!a-z]*.tar", f"{name}/*.tar")
-        if found := sorted({path for pattern in patterns for path in root.glob(pattern)}):
-            return found, "", ()
+        if paths := sorted({path for pattern in patterns for path in root.glob(pattern)}):
+            return paths, "", ()
     raise FileNotFoundError(f"{root} has no shards of {names[0]}: {reason}")
 
 
 def places_of(paths: list[Path], key: str) -> dict[str, np.ndarray]:
-    """Shard, offset and size in bytes, and label of every image, int64 each; found once per set of files."""
-    if lost := [path for path in paths if not path.is_file()]:
-        raise FileNotFoundError(f"no shard {lost[0]}")
+    """Return shard, offset and size in bytes, and label of every image, each as an int64 array.
+
+    Args:
+        paths: of the shards; those scanned before are not scanned again.
+        key: of the labels in .json files, "" for .cls.
+    """
+    if missing := [path for path in paths if not path.is_file()]:
+        raise FileNotFoundError(f"no shard {missing[0]}")
     files = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
     stamp = hashlib.sha256(json.dumps([1, key, files]).encode()).hexdigest()
-    kept = Path(torch.hub.get_dir()) / "shards" / f"{stamp}.npz"
-    if kept.is_file():
-        with np.load(kept) as found:
-            return dict(found)
+    cache = Path(torch.hub.get_dir()) / "shards" / f"{stamp}.npz"
+    if cache.is_file():
+        with np.load(cache) as arrays:
+            return dict(arrays)
     log.info("looking up the images of %d shards, %s and on", len(paths), paths[0])
     rows = [(number, *place) for number, path in enumerate(paths) for place in scan(path, key)]
     places = dict(zip(PLACE, np.array(rows, np.int64).reshape(-1, len(PLACE)).T, strict=True))
@@ -256,17 +283,17 @@ def places_of(paths: list[Path], key: str) -> dict[str, np.ndarray]:
             np.savez(file, **places)
 
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(kept, write)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(cache, write)
     except OSError as error:
         log.info("their places are not kept for the next run: %s", error)
     return places
 
 
 def scan(path: Path, key: str) -> Iterator[tuple[int, int, int]]:
-    """Offset, size and label of every image of a shard.
+    """Yield offset, size and label of every image of a shard.
 
-    Members in a row that have one name up to the first dot are one sample.
+    Members in a row that share their name up to the first dot are one sample.
 
     Raises:
         ValueError: the shard is damaged or compressed, or an image has no label, or a label no image.

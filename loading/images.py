@@ -1,4 +1,4 @@
-"""Images from files that nobody has checked, as RGB, and the account of those that cannot be read."""
+"""Read image files of any kind as RGB, and keep count of those that cannot be read."""
 
 import logging
 import os
@@ -15,11 +15,15 @@ from torch.utils.data import Dataset
 from utils import sum_over_ranks
 
 log = logging.getLogger("adaptive-vit")
-LONGEST = 500  # longer side over shorter: resizing the shorter one to model input would take gigabytes
+MAX_ASPECT = 500  # longer side over shorter: resizing the shorter one to model input would take gigabytes
 
 
 class BadImageError(ValueError):
-    """An image that cannot be read; a loading process hands it on by its message alone."""
+    """Tell that an image cannot be read; a loading process passes only the message on.
+
+    Attributes:
+        line: name and reason, with a tab between them.
+    """
 
     def __init__(self, name: str, reason: str = ""):
         self.line = f"{name}\t{reason}"
@@ -28,22 +32,22 @@ class BadImageError(ValueError):
 
 
 def load_image(file: str | Path | BinaryIO, name: str | None = None, side: int = 0) -> Image.Image:
-    """Reads an image of any kind that Pillow opens as RGB of 8 bits.
+    """Read an image of any kind that Pillow opens as RGB of 8 bits.
 
-    CMYK is converted without a colour profile, alpha and the transparency of palettes are dropped, 16-bit
-    grey keeps its upper 8 bits, as Pillow keeps those of 16-bit colour. Of an animation the first frame
-    counts. The orientation that EXIF may tell is not applied: published accuracies, and the crops that
-    published weights were trained on, come from code that does not look at it.
+    CMYK is converted without a colour profile. Alpha and the transparency of palettes are dropped. 16-bit
+    grey keeps its upper 8 bits, as Pillow keeps those of 16-bit colour. An animation gives its first frame.
+    An orientation in EXIF is not applied, because the code behind published accuracies and weights does not
+    read it.
 
     Args:
         file: what Pillow opens.
-        name: what errors call it; default: its path.
+        name: of the image in errors; default: its path.
         side: least side in pixels that is needed: a larger JPEG may be decoded at a half, a quarter or an
             eighth of its size, with slightly other pixels than a resize gives. 0 for all pixels.
 
     Raises:
-        BadImageError: the file is cut off or no image, or has more pixels than Pillow thinks safe, or a shape
-            or numbers that cannot be model input.
+        BadImageError: the file is cut off or no image, has more pixels than Pillow's limit, or a shape or
+            numbers that cannot be model input.
     """
     try:
         with warnings.catch_warnings():
@@ -60,7 +64,7 @@ def load_image(file: str | Path | BinaryIO, name: str | None = None, side: int =
 
 
 def as_rgb(image: Image.Image, side: int) -> Image.Image:
-    if max(image.size) > LONGEST * min(image.size):
+    if max(image.size) > MAX_ASPECT * min(image.size):
         raise ValueError(f"its {image.width} x {image.height} pixels are a strip")
     if side:
         image.draft("RGB", (side, side))
@@ -75,13 +79,13 @@ def as_rgb(image: Image.Image, side: int) -> Image.Image:
 
 
 class BadImages:
-    """Which images of a data set cannot be read; all loading processes of this process know the same.
+    """Keep count of the images of a data set that cannot be read, in memory that loading processes share.
 
     Each image has a flag of its own, so nothing is counted twice and no lock is needed.
 
     Args:
         size: of the data set.
-        limit: how many there may be.
+        limit: largest number of bad images.
         file: gets a line for each: its name, a tab, the reason. Without one they go to the log.
     """
 
@@ -89,10 +93,10 @@ class BadImages:
         self.flags = torch.zeros(size, dtype=torch.bool)  # [size]
         if limit:
             self.flags.share_memory_()
-        self.limit, self.file, self.told = limit, file, 0
+        self.limit, self.file, self.reported = limit, file, 0
 
     def add(self, index: int, error: BadImageError) -> None:
-        """Notes an image.
+        """Count an image as bad.
 
         Raises:
             BadImageError: there are now more than the limit.
@@ -109,9 +113,9 @@ class BadImages:
         if self.file is None:
             return log.warning("cannot be read: %s", line)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        # Another process of a training run, or an earlier run, may have met it.
-        known = self.file.read_text("utf-8").splitlines() if self.file.exists() else []
-        if line not in known:
+        # Another process of a training run, or an earlier run, may have listed it.
+        listed = self.file.read_text("utf-8").splitlines() if self.file.exists() else []
+        if line not in listed:
             descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             with open(descriptor, "wb", buffering=0) as file:  # one write: lines do not mix
                 file.write(f"{line}\n".encode())
@@ -126,7 +130,7 @@ class BadImages:
         return f": {self.file}" if self.file else ""
 
     def report(self, device: torch.device) -> None:
-        """Puts together what all processes have met, and logs how many images that makes, once per number.
+        """Merge the flags of all processes, and log their number if it has changed since the last report.
 
         Args:
             device: of tensors that processes exchange; all processes have to call this.
@@ -136,29 +140,29 @@ class BadImages:
         """
         if self.limit == 0:
             return
-        met = sum_over_ranks(self.flags.to(device, torch.int32)).cpu() > 0
-        self.flags[met] = True  # nothing is unset: loading processes may be at work
-        count = int(met.sum())
+        flags = sum_over_ranks(self.flags.to(device, torch.int32)).cpu() > 0
+        self.flags[flags] = True  # nothing is unset: loading processes may be at work
+        count = int(flags.sum())
         self.check(count)
-        if count and count == len(met):
+        if count and count == len(flags):
             raise BadImageError(f"none of the {count} images can be read{self.where()}")
-        if count != self.told:
-            log.info("%d of %d images could not be read%s", count, len(met), self.where())
-            self.told = count
+        if count != self.reported:
+            log.info("%d of %d images could not be read%s", count, len(flags), self.where())
+            self.reported = count
 
     def numbers(self) -> list[int]:
-        """Of the images known to be bad."""
+        """Return the numbers of the bad images."""
         return self.flags.nonzero()[:, 0].tolist()
 
-    def read(self, rank: int = 0, world: int = 1) -> Tensor:
-        """Numbers of the images of a process, in order, less those known to be bad."""
-        return rank + world * (~self.flags[rank::world]).nonzero()[:, 0]
+    def read(self, rank: int = 0, world_size: int = 1) -> Tensor:
+        """Return the numbers of a process's images, in order, less the bad ones."""
+        return rank + world_size * (~self.flags[rank::world_size]).nonzero()[:, 0]
 
 
 class Readable(Dataset):
-    """A data set in which the next image that can be read takes the place of one that cannot.
+    """Give, in place of an image that cannot be read, the next one of the data set that can.
 
-    Which one depends on the files alone, so batches, their pairs and a resumed run stay what they are.
+    The choice depends on the files alone, so batches and a resumed run stay what they are.
     """
 
     def __init__(self, dataset: Dataset, limit: int = 0, file: Path | None = None):

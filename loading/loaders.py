@@ -1,4 +1,4 @@
-"""Who sees which images in which batch; loaders whose last steps run on the device."""
+"""Share images out over processes and load them in batches, whose last steps may run on the device."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -7,34 +7,41 @@ from typing import Any
 
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, default_collate
-from torchvision.transforms.functional import normalize
 
 from loading.images import BadImageError, BadImages
-from loading.sampler import Drawn, Order, ignore_signals
+from loading.sampler import ResumableSampler, SeededDataset, ignore_signals
 
 log = logging.getLogger("adaptive-vit")
 AS_BYTES = dict(use_prefetcher=True)  # timm's name for a transform that ends before normalisation
 
 
 class Shard(Subset):
-    """Every world-th sample from `rank` on: over all processes each sample once, without padding.
+    """Every world_size-th sample from `rank` on: over all processes each sample once, without padding.
 
-    A sample is None where its image cannot be read: `bad`, a BadImages, knows which.
+    A sample is None where its image cannot be read; `bad` lists these.
+
+    Args:
+        dataset: all samples.
+        rank: of this process.
+        world_size: number of processes.
+        max_bad: see images.BadImages.
+        bad_list: see images.BadImages.
     """
 
     def __init__(
         self,
         dataset: Dataset,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         max_bad: int = 0,
         bad_list: Path | None = None,
     ):
-        super().__init__(dataset, range(rank, len(dataset), world))
-        self.rank, self.world, self.total = rank, world, len(dataset)
+        super().__init__(dataset, range(rank, len(dataset), world_size))
+        self.rank, self.world_size, self.total = rank, world_size, len(dataset)
         self.bad = BadImages(self.total, max_bad, bad_list)
 
     def __getitem__(self, index: int) -> Any:
@@ -47,90 +54,86 @@ class Shard(Subset):
     def __getitems__(self, indices: list[int]) -> list[Any]:
         return [self[index] for index in indices]
 
-    def read(self) -> torch.Tensor:
-        """Numbers, in the data set, of this process's images so far, less those that cannot be read."""
-        return self.bad.read(self.rank, self.world)
+    def read(self) -> Tensor:
+        """Return the numbers, in the data set, of this process's images less those that cannot be read."""
+        return self.bad.read(self.rank, self.world_size)
 
 
 def readable(shard: Shard, indices: Iterable[int]) -> list[int]:
-    """Those of a shard's samples whose image can be read; BadImageError if there are none."""
-    found = [index for index in indices if shard[index] is not None]
-    if not found:
+    """Return those of a shard's samples whose image can be read; BadImageError if there are none."""
+    good = [index for index in indices if shard[index] is not None]
+    if not good:
         raise BadImageError(f"none of the images can be read{shard.bad.where()}")
-    return found
+    return good
 
 
 class EvalLoader(DataLoader):
-    """Leaves out images that cannot be read: batches become smaller, and one of no images is skipped."""
+    """Load a shard in order, without the images that cannot be read.
 
-    def __init__(self, shard: Shard, *args: Any, **kwargs: Any):
-        super().__init__(shard, *args, collate_fn=collate_read, **kwargs)
+    Such images make batches smaller; a batch without any image is skipped.
+
+    Args:
+        shard: this process's samples.
+        batch_size: images per batch.
+        kwargs: further arguments of DataLoader.
+    """
+
+    def __init__(self, shard: Shard, batch_size: int, **kwargs: Any):
+        super().__init__(
+            shard,
+            batch_size,
+            collate_fn=collate_readable,
+            worker_init_fn=ignore_signals,
+            generator=torch.Generator(),  # evaluation draws nothing from the training's generator
+            **kwargs,
+        )
 
     def __iter__(self) -> Iterator[Any]:
         return (batch for batch in super().__iter__() if batch is not None)
 
 
-def collate_read(samples: list[Any]) -> Any:
+def collate_readable(samples: list[Any]) -> Any:
     samples = [sample for sample in samples if sample is not None]
     return default_collate(samples) if samples else None
-
-
-def eval_loader(
-    dataset: Dataset,
-    batch_size: int,
-    workers: int,
-    rank: int = 0,
-    world: int = 1,
-    max_bad: int = 0,
-    bad_list: Path | None = None,
-    **kwargs: Any,
-) -> DataLoader:
-    """Loader over this process's shard, in order; see images.BadImages for the limit and the list."""
-    shard = Shard(dataset, rank, world, max_bad, bad_list)
-    return EvalLoader(
-        shard,
-        batch_size,
-        num_workers=workers,
-        worker_init_fn=ignore_signals,
-        generator=torch.Generator(),  # evaluation draws nothing from the training's generator
-        **kwargs,
-    )
 
 
 def train_loader(
     dataset: Dataset,
     batch_size: int,
-    workers: int,
     repeats: int = 1,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     seed: int = 0,
-    **kwargs,
+    **kwargs: Any,
 ) -> DataLoader:
-    """Shuffled loader of full batches, smaller ones where the data set does not fill a single one.
+    """Make a shuffled loader of full batches, smaller ones where the data set does not fill a single one.
 
     Call `loader.sampler.set_epoch` every epoch. The random numbers of a sample follow from the seed, the
     epoch and the sample's place in the order over all processes, whichever process loads it.
 
     Args:
+        dataset: all samples.
+        batch_size: images per batch of this process.
         repeats: repeated augmentation (Hoffer et al. 2020): copies of an image per epoch, on different
             processes; the number of samples per epoch stays that of the data set.
+        rank: of this process.
+        world_size: number of processes.
         seed: of the order, which repeated augmentation takes from the epoch alone.
+        kwargs: further arguments of DataLoader.
     """
     if repeats > 1:
-        sampler = RepeatAugSampler(dataset, world, rank, num_repeats=repeats)
+        sampler = RepeatAugSampler(dataset, world_size, rank, num_repeats=repeats)
     else:
-        sampler = DistributedSampler(dataset, world, rank, seed=seed)
-    sampler = Order(sampler, rank, world)
+        sampler = DistributedSampler(dataset, world_size, rank, seed=seed)
+    sampler = ResumableSampler(sampler, rank, world_size)
     if len(sampler) < batch_size:
         smaller = max(len(sampler) // 2 * 2, 1)  # even, for mixup's pairs
         log.info("only %d training images per process: batches of %d", len(sampler), smaller)
         batch_size = smaller
     return DataLoader(
-        Drawn(dataset, seed),
+        SeededDataset(dataset, seed),
         batch_size,
         sampler=sampler,
-        num_workers=workers,
         drop_last=True,
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # the loader's own draws leave the training's generator alone
@@ -138,16 +141,25 @@ def train_loader(
     )
 
 
-def to_device(batch: Iterable[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """Moves a batch, without waiting where memory is pinned."""
+def to_device(batch: Iterable[Tensor], device: torch.device) -> list[Tensor]:
+    """Move a batch, without waiting where memory is pinned."""
     return [tensor.to(device, non_blocking=True) for tensor in batch]
 
 
-class OnDevice:
-    """A loader of bytes, a quarter of what floats take to move, that become model input on the device.
+class Tensors(tuple):
+    """Tensors that move together, as PrefetchLoader moves one target."""
 
-    The numbers are those of a transform that normalises, up to float rounding on a GPU. Erasing draws its
-    boxes and pixels as timm's transform does, but in this process and not in those that load.
+    def to(self, **kwargs: Any) -> "Tensors":
+        return Tensors(tensor.to(**kwargs) for tensor in self)
+
+
+class DeviceLoader:
+    """Move images as bytes, a quarter of what floats take, and normalise them on the device.
+
+    timm's PrefetchLoader copies and normalises the next batch while the model works on this one. The numbers
+    are those of a transform that normalises, up to float rounding. Erasing draws its boxes and pixels as
+    timm's transform does, but in this process; it is not left to PrefetchLoader, which would draw for the
+    next batch before a checkpoint after this one stores the generators' states.
 
     Attributes of the loader can be read here.
 
@@ -167,7 +179,8 @@ class OnDevice:
         re_mode: str = "const",
         re_count: int = 1,
     ):
-        self.loader, self.device, self.config = loader, device, config
+        self.loader = loader
+        self.prefetcher = PrefetchLoader(loader, config["mean"], config["std"], device=device)
         self.erase = RandomErasing(re_prob, mode=re_mode, max_count=re_count, device=device)
 
     def __len__(self) -> int:
@@ -179,9 +192,6 @@ class OnDevice:
         return getattr(self.loader, name)
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        for batch in self.loader:
-            images, *rest = to_device(batch, self.device)
-            images = normalize(
-                images.float().div_(255), self.config["mean"], self.config["std"], inplace=True
-            )
+        self.prefetcher.loader = ((images, Tensors(rest)) for images, *rest in self.loader)
+        for images, rest in self.prefetcher:
             yield [self.erase(images) if self.erase.probability else images, *rest]

@@ -1,7 +1,7 @@
-"""Which samples a training process sees, from any place in the epoch on, and their random numbers.
+"""Order the samples of an epoch, from any place in it on, and seed the random numbers of each sample.
 
-Both follow from the seed, the epoch and the place alone, so that an interrupted epoch goes on as if nothing
-had happened, with any number of loading processes.
+Order and numbers follow from the seed, the epoch and the place in it alone. So an interrupted epoch goes on
+as if nothing had happened, with any number of loading processes.
 """
 
 import os
@@ -17,41 +17,52 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 
-class Index(int):
-    """Number of a sample that knows its place in the run: epoch, and place in the order of the epoch."""
+class SampleIndex(int):
+    """Index of a sample in the data set, with its place in the run.
+
+    Attributes:
+        place: the epoch, and the sample's number in the epoch over all processes.
+    """
 
     place: tuple[int, int]
 
 
-class Order(Sampler):
-    """One process's samples of an epoch, as `Index`, from any sample on.
+class ResumableSampler(Sampler):
+    """Yield one process's samples of an epoch, as `SampleIndex`, from any sample on.
 
     Args:
-        sampler: deals the samples of an epoch out to processes in turn.
+        sampler: gives each process every world_size-th sample of an epoch.
+        rank: of this process.
+        world_size: number of processes.
     """
 
-    def __init__(self, sampler: Sampler, rank: int, world: int):
-        self.sampler, self.rank, self.world, self.epoch, self.start = sampler, rank, world, 0, 0
+    def __init__(self, sampler: Sampler, rank: int, world_size: int):
+        self.sampler, self.rank, self.world_size, self.epoch, self.start = sampler, rank, world_size, 0, 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Begins an epoch at this process's sample number `start`."""
+        """Begin an epoch at this process's sample number `start`."""
         self.sampler.set_epoch(epoch)
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
-        """Samples of a whole epoch."""
+        """Count the samples of a whole epoch."""
         return len(self.sampler)
 
-    def __iter__(self) -> Iterator[Index]:
+    def __iter__(self) -> Iterator[SampleIndex]:
         for number, index in enumerate(self.sampler):
             if number >= self.start:
-                index = Index(index)
-                index.place = self.epoch, number * self.world + self.rank
+                index = SampleIndex(index)
+                index.place = self.epoch, number * self.world_size + self.rank
                 yield index
 
 
-class Drawn(Dataset):
-    """A data set whose samples, asked for by `Index`, have random numbers of their own."""
+class SeededDataset(Dataset):
+    """Seed all random generators for every sample, and restore their states after it.
+
+    Args:
+        dataset: the samples.
+        seed: of the run; a sample's own seeds follow from it and from `SampleIndex.place`.
+    """
 
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset, self.seed = dataset, seed
@@ -59,22 +70,25 @@ class Drawn(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: Index) -> Any:
-        numbers = np.random.SeedSequence([self.seed, *index.place]).generate_state(3)
-        kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        random.seed(int(numbers[0]))
-        np.random.seed(numbers[1])
-        torch.default_generator.manual_seed(int(numbers[2]))  # torch.manual_seed would also seed the GPUs
+    def __getitem__(self, index: SampleIndex) -> Any:
+        seeds = np.random.SeedSequence([self.seed, *index.place]).generate_state(3)
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        random.seed(int(seeds[0]))
+        np.random.seed(seeds[1])
+        torch.default_generator.manual_seed(int(seeds[2]))  # torch.manual_seed would also seed the GPUs
         try:
             return self.dataset[int(index)]
         finally:
-            random.setstate(kept[0])
-            np.random.set_state(kept[1])
-            torch.set_rng_state(kept[2])
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
 
 
 def names_of_batch(loader: DataLoader, step: int) -> list[str]:
-    """Files of this process's batch number `step` of an epoch, or numbers where the data set has no files."""
+    """Return the files of this process's batch number `step` of an epoch.
+
+    Where the data set has no files, samples are named by their indices.
+    """
     dataset = loader.dataset
     while hasattr(dataset, "dataset"):
         dataset = dataset.dataset
@@ -85,19 +99,19 @@ def names_of_batch(loader: DataLoader, step: int) -> list[str]:
 
 
 def ignore_signals(worker: int) -> None:
-    """Lets a loading process live through signals to the whole job: its parent decides when to stop.
+    """Make a loading process ignore signals that the whole job gets: its parent decides when to stop.
 
-    It still ends when its parent dies, which it notices, or terminates it, as at the end of a program.
+    The process still ends when its parent dies, which it notices, or terminates it, as at a program's end.
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=obey, args=(os.getppid(),), daemon=True).start()
+        Thread(target=exit_on_sigterm, args=(os.getppid(),), daemon=True).start()
 
 
-def obey(parent: int) -> None:
-    """Ends this process when its parent, and nobody else, sends SIGTERM."""
+def exit_on_sigterm(parent: int) -> None:
+    """End this process when its parent, and no other process, sends SIGTERM."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

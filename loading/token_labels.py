@@ -1,12 +1,12 @@
-"""Token labels: a strong classifier's view of every cell of an image, as the target of every patch token.
+"""Read token labels, augment them with their images and turn them into targets for every patch token.
 
 Jiang et al., "All Tokens Matter: Token Labeling for Training Better Vision Transformers", NeurIPS 2021,
-arXiv 2104.10858 (LV-ViT).
+arXiv 2104.10858.
 
-The label of an image is a tensor [2,T,G,G]: the scores of the T best classes in each cell of a G x G grid on
-the whole image, then their class numbers. It is made once (scripts/make_token_labels.py), kept as a file and
-augmented with its image. The random crop alone is not applied to it but recorded as a box, which
-`token_targets` cuts out when it turns a batch of labels into distributions.
+The label of an image is a tensor [2,T,G,G]: a strong classifier's scores of the T best classes in each cell
+of a G x G grid on the whole image, then their class numbers. It is made once (scripts/make_token_labels.py)
+and kept as a file. All augmentations but the random crop are applied to it too. The crop is recorded as a
+box, which `token_targets` cuts out when it turns a batch of labels into distributions.
 """
 
 import random
@@ -36,13 +36,13 @@ Pair = tuple[Image.Image, Image.Image]  # a picture and its `cell_picture`, afte
 
 
 def label_path(root: str | Path, image: str | Path) -> Path:
-    """Where the label of an image is: root / class folder / file name up to its first dot .pt."""
+    """Return the file of an image's label: root / class folder / file name up to its first dot .pt."""
     image = Path(image)
     return Path(root) / image.parent.name / f"{image.name.split('.')[0]}.pt"
 
 
 def load_label(path: str | Path, num_classes: int | None = None) -> Tensor:
-    """Reads a label without running any code that the file may hold.
+    """Read a label without running any code that the file may hold.
 
     Args:
         path: a file of torch.save with a tensor [2,T,G,G] of any real type.
@@ -63,12 +63,12 @@ def load_label(path: str | Path, num_classes: int | None = None) -> Tensor:
         raise ValueError(f"{path} is not a tensor that can be read safely: remove it and {remedy}") from error
     shape = list(label.shape) if isinstance(label, Tensor) else []
     if len(shape) != 4 or shape[0] != 2 or shape[2] != shape[3] or 0 in shape:
-        found = shape or f"a {type(label).__name__}"
-        raise ValueError(f"{path} holds {found}, not scores and classes [2,T,G,G]: remove it and {remedy}")
+        content = shape or f"a {type(label).__name__}"
+        raise ValueError(f"{path} holds {content}, not scores and classes [2,T,G,G]: remove it and {remedy}")
     label = label.float()
     scores, classes = label
-    known = (classes >= 0) & (classes == classes.floor()) & (classes < (num_classes or float("inf")))
-    if not (scores.isfinite().all() and known.all()):
+    valid = (classes >= 0) & (classes == classes.floor()) & (classes < (num_classes or float("inf")))
+    if not (scores.isfinite().all() and valid.all()):
         limit = f" from 0 to {num_classes - 1}" if num_classes else ""
         raise ValueError(f"{path} holds other numbers than finite scores and classes{limit}: {remedy}")
     return label
@@ -78,15 +78,15 @@ def load_label(path: str | Path, num_classes: int | None = None) -> Tensor:
 
 
 def cell_picture(size: tuple[int, int], grid: int) -> Image.Image:
-    """A picture of `size` (width, height) in which every pixel is the number, row-major, of its cell."""
+    """Make a picture of `size` (width, height) in which every pixel is the number, row-major, of its cell."""
     numbers = np.arange(grid**2, dtype=np.int32).reshape(grid, grid)
     return Image.fromarray(numbers).resize(size, NEAREST)
 
 
 def follow(label: Tensor, cells: Image.Image) -> Tensor:
-    """Moves a label to where the cells of its `cell_picture` went: each cell takes what is at its centre.
+    """Move a label as its `cell_picture` was moved: each cell takes the label of the cell at its centre.
 
-    Where that is outside of the original picture, all scores are 0 (its classes then mean nothing).
+    Where the centre is outside of the original picture, all scores are 0 and the classes mean nothing.
 
     Args:
         label: [2,T,G,G].
@@ -99,7 +99,7 @@ def follow(label: Tensor, cells: Image.Image) -> Tensor:
 
 
 def on_both(operation: Callable, geometric: bool, pair: Pair, *args: Any, **kwargs: Any) -> Pair:
-    """An operation of RandAugment with its arguments drawn, on a picture and on its cells."""
+    """Apply an operation of RandAugment, with its arguments drawn, to a picture and to its cells."""
     image, cells = pair
     if geometric:
         cells = operation(cells, *args, fillcolor=OUTSIDE, resample=NEAREST)
@@ -107,17 +107,17 @@ def on_both(operation: Callable, geometric: bool, pair: Pair, *args: Any, **kwar
 
 
 def pair_policy(policy: RandAugment) -> RandAugment:
-    """Makes a policy work on a `Pair`: timm draws operations and arguments, and only hands the picture on."""
+    """Make a policy work on a `Pair`; timm draws operations and arguments as it does for a picture."""
     for op in policy.ops:
         op.aug_fn = partial(on_both, op.aug_fn, op.name in GEOMETRIC)
     return policy
 
 
 class PairedTransform:
-    """Training transform of an image with its label, in LV-ViT's order: flips, RandAugment, random crop.
+    """Transform an image with its label for training, in the paper's order: flips, RandAugment, random crop.
 
-    All choices and their distributions are those of timm's transform; only the order differs: the crop has to
-    come last to be recorded.
+    All choices and their distributions are those of timm's transform. Only the order differs, because the
+    crop has to come last to be recorded.
 
     Args:
         img_size: side of the model input in pixels.
@@ -165,7 +165,7 @@ class PairedTransform:
         self.augment = [pair_policy(t) if isinstance(t, RandAugment) else t for t in augment.transforms]
 
     def __call__(self, image: Image.Image, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Augments.
+        """Augment an image with its label.
 
         Args:
             image: RGB, of any size.
@@ -197,7 +197,7 @@ class PairedTransform:
 
 
 def crop_map(dense: Tensor, box: Tensor, side: int) -> Tensor:
-    """Resamples a box of every map to side x side cells (RoIAlign, He et al. 2017, arXiv 1703.06870).
+    """Resample a box of every map to side x side cells (RoIAlign, He et al. 2017, arXiv 1703.06870).
 
     Args:
         dense: [B,C,G,G].
@@ -214,9 +214,9 @@ def crop_map(dense: Tensor, box: Tensor, side: int) -> Tensor:
 
 
 def token_targets(label: Tensor, box: Tensor, num_classes: int, grid: int, smoothing: float = 0.1) -> Tensor:
-    """Distributions for the class token and for every patch token of a batch of crops.
+    """Make distributions for the class token and for every patch token of a batch of crops.
 
-    The classes that a label leaves out enter the softmax with score 0. Smoothing is the published one: every
+    Classes that a label leaves out enter the softmax with score 0. Smoothing is the published one: every
     probability p becomes p (1 - s + s / K) + s / K, so that a distribution sums to 1 + s / K.
 
     Args:

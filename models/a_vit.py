@@ -138,22 +138,10 @@ class AViT(AdaptiveViT):
     # What lies between these two has the number of rows on the host.
     compiled = {"project": {"dynamic": True}, "finish": {"dynamic": True}}
     flags = (
-        Flag("--gate_scale --gate-scale", "gate_scale", "A-ViT: slope of the halting gate"),
-        Flag(
-            "--gate_center --gate-center",
-            "gate_center",
-            "A-ViT: offset of the halting gate; less halts earlier",
-        ),
-        Flag(
-            "--ponder_token_scale --ponder-token-scale",
-            "ponder_token_scale",
-            "A-ViT: weight of the mean depth of tokens in the loss",
-        ),
-        Flag(
-            "--distr_prior_alpha --distr-prior-alpha",
-            "distr_prior_alpha",
-            "A-ViT: weight of the halting prior in the loss; 0 for none",
-        ),
+        Flag("--gate_scale", "A-ViT: slope of the halting gate"),
+        Flag("--gate_center", "A-ViT: offset of the halting gate; less halts earlier"),
+        Flag("--ponder_token_scale", "A-ViT: weight of the mean depth of tokens in the loss"),
+        Flag("--distr_prior_alpha", "A-ViT: weight of the halting prior in the loss; 0 for none"),
     )
 
     def __init__(

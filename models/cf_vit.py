@@ -31,12 +31,7 @@ class CFViT(TwoStageViT):
     stage_names = ("coarse", "fine")
     recipe = {"select_from": 201 / 300}
     flags = (
-        Flag(
-            "--coarse-stage-size",
-            "coarse_stage_size",
-            "CF-ViT: side of the coarse grid in patches (7 or 9)",
-            int,
-        ),
+        Flag("--coarse-stage-size", "CF-ViT: side of the coarse grid in patches (7 or 9)", int),
         *TwoStageViT.flags,
     )
 

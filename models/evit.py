@@ -58,28 +58,13 @@ class EViT(AdaptiveViT):
 
     knobs = {"keep_rate": Knob(float, 0.05, 1.0)}
     flags = (
+        Flag("--keep_rate --base_keep_rate", "EViT: share of the patches that each dropping block keeps"),
+        Flag("--drop_loc", "EViT: numbers of the dropping blocks, from 0, as 3,6,9", block_numbers),
+        Flag("--fuse_token", "EViT: fuse dropped patches into one token", bool),
         Flag(
-            "--base_keep_rate --keep-rate",
-            "keep_rate",
-            "EViT: share of the patches that each dropping block keeps",
+            "--shrink_start_epoch", "EViT: epoch from which training drops patches; default: from the first"
         ),
-        Flag(
-            "--drop_loc --drop-loc",
-            "drop_loc",
-            "EViT: numbers of the dropping blocks, from 0, as 3,6,9",
-            block_numbers,
-        ),
-        Flag("--fuse_token --fuse-token", "fuse_token", "EViT: fuse dropped patches into one token", bool),
-        Flag(
-            "--shrink_start_epoch --shrink-start-epoch",
-            "shrink_start_epoch",
-            "EViT: epoch from which training drops patches; default: from the first",
-        ),
-        Flag(
-            "--shrink_epochs --shrink-epochs",
-            "shrink_epochs",
-            "EViT: epochs in which the keep rate then falls; default: at once",
-        ),
+        Flag("--shrink_epochs", "EViT: epochs in which the keep rate then falls; default: at once"),
     )
 
     def __init__(

@@ -11,30 +11,40 @@ class Flag(NamedTuple):
     """A command-line flag of a constructor argument, which a method declares on its class.
 
     Attributes:
-        names: as they are typed, separated by spaces.
-        argument: of the constructor.
+        names: as they are typed, separated by spaces; - and _ mean the same in them.
         help: one line.
         type: from text to value; bool makes a --flag with its --no-flag.
+        argument: of the constructor; default: the first name.
         epochs: the value is a share of the run's epochs and the argument a number of epochs.
         training: for the training command alone.
     """
 
     names: str
-    argument: str
     help: str
     type: Callable[[str], Any] = float
+    argument: str = ""
     epochs: bool = False
     training: bool = False
 
     @property
-    def dest(self) -> str:
-        """Name of the parsed value."""
-        return self.names.split()[0].lstrip("-").replace("-", "_") if self.epochs else self.argument
+    def words(self) -> list[str]:
+        """The names as identifiers; the parsed value has the first."""
+        return [name.lstrip("-").replace("-", "_") for name in self.names.split()]
+
+    @property
+    def target(self) -> str:
+        """The constructor's argument."""
+        return self.argument or self.words[0]
+
+    @property
+    def spellings(self) -> list[str]:
+        """What may be typed."""
+        return list(dict.fromkeys(f"--{word.replace('_', by)}" for word in self.words for by in "_-"))
 
     def add_to(self, parser: argparse._ActionsContainer) -> None:
         """Add the flag to a parser or a group of one."""
         form = {"action": argparse.BooleanOptionalAction} if self.type is bool else {"type": self.type}
-        parser.add_argument(*self.names.split(), dest=self.dest, help=self.help, **form)
+        parser.add_argument(*self.spellings, dest=self.words[0], help=self.help, **form)
 
 
 def declared_flags() -> list[Flag]:
@@ -46,7 +56,7 @@ def declared_flags() -> list[Flag]:
     from models.registry import classes  # methods import this module for `Flag`
 
     flags = list(dict.fromkeys(flag for cls in classes() for flag in cls.flags))
-    names = [name for flag in flags for name in flag.names.split()]
+    names = [name for flag in flags for name in flag.spellings]
     if twice := {name for name in names if names.count(name) > 1}:
         raise RuntimeError(f"several methods declare {', '.join(sorted(twice))}, and not alike")
     return flags
@@ -79,8 +89,8 @@ def constructor_kwargs(values: dict[str, Any], epochs: float | None = None) -> d
     """
     kwargs = {} if values["img_size"] is None else {"img_size": values["img_size"]}
     for flag in declared_flags():
-        if (value := values.get(flag.dest)) is not None:
-            kwargs[flag.argument] = value * epochs if flag.epochs else value
+        if (value := values.get(flag.words[0])) is not None:
+            kwargs[flag.target] = value * epochs if flag.epochs else value
     return kwargs | key_values("--model-kwargs", values["model_kwargs"])
 
 

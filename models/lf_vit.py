@@ -35,13 +35,8 @@ class LFViT(TwoStageViT):
     stage_names = ("location", "focus")
     recipe = {"select_from": 231 / 300}
     flags = (
-        Flag(
-            "--location-stage-size",
-            "location_stage_size",
-            "LF-ViT: side of the location grid in patches (7 or 9)",
-            int,
-        ),
-        Flag("--region-size", "region_size", "LF-ViT: side of the region in location patches", int),
+        Flag("--location-stage-size", "LF-ViT: side of the location grid in patches (7 or 9)", int),
+        Flag("--region-size", "LF-ViT: side of the region in location patches", int),
         *TwoStageViT.flags,
     )
 

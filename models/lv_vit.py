@@ -83,7 +83,7 @@ class CFLVViT(CFViT):
     token_labels = True
     flags = (
         *CFViT.flags,
-        Flag("--dense-weight", "dense_weight", "weight of the patch tokens' loss (LV-ViT: 1)", training=True),
+        Flag("--dense-weight", "weight of the patch tokens' loss (LV-ViT: 1)", training=True),
     )
     recipe = {
         "select_from": 201 / 300,

@@ -37,18 +37,18 @@ class TwoStageViT(AdaptiveViT):
     num_exits = 2
     read = slice(1)  # tokens that the last norm of stage 1 is needed for
     flags = (
-        Flag("--alpha", "alpha", "share of the patches (LF-ViT: of the region's patches) that are refined"),
+        Flag("--alpha", "share of the patches (LF-ViT: of the region's patches) that are refined"),
         Flag(
             "--select-from",
-            "select_from_epoch",
             "share of the epochs after which selection starts (LF-ViT: 0.77)",
+            argument="select_from_epoch",
             epochs=True,
             training=True,
         ),
         Flag(
             "--coarse-only",
-            "coarse_only_epochs",
             "share of the epochs that train the first stage alone",
+            argument="coarse_only_epochs",
             epochs=True,
             training=True,
         ),

@@ -53,10 +53,10 @@ def baseline_model(
         name: registered model.
         num_classes: default: the model's own.
         img_size: side of the images in pixels; default: the model's own.
-        kwargs: further constructor main_deit.
+        kwargs: further constructor arguments.
 
     Raises:
-        ValueError: there is no such model, or it does not take images of this size or the main_deit.
+        ValueError: there is no such model, or it does not take images of this size or the arguments.
     """
     if not timm.is_model(name):
         raise ValueError(f"unknown model {name!r}")
@@ -122,10 +122,10 @@ def published_kwargs(name: str | None, checkpoint: dict[str, Any], source: str) 
     stored = stored if isinstance(stored, dict) else vars(stored)
     flags = [flag for flag in registered[name][0].flags if not flag.training]
     for flag in flags:
-        for key in flag.names.replace("--", "").replace("-", "_").split():
-            if (value := stored.get(key)) is not None:
-                kwargs[flag.argument] = flag.type(value) if isinstance(value, str) else value
-    arguments = {flag.argument for flag in flags}
+        for word in flag.words:
+            if (value := stored.get(word)) is not None:
+                kwargs[flag.target] = flag.type(value) if isinstance(value, str) else value
+    arguments = {flag.target for flag in flags}
     for reader in file_name_readers:
         from_name = reader(Path(source)).get("model_kwargs", {})
         kwargs |= {key: value for key, value in from_name.items() if key in arguments}
@@ -145,7 +145,7 @@ def model_from_checkpoint(
         use_ema: take the averaged weights.
 
     Returns:
-        The model, its name and its constructor main_deit.
+        The model, its name and its constructor arguments.
 
     Raises:
         ValueError: the checkpoint is of another model or lacks what was asked for.

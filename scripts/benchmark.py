@@ -1,7 +1,7 @@
-"""Times any models, timm's and this project's, against a baseline: a table of speed and cost.
+"""Time any models, timm's and this project's, against a baseline: a table of speed and cost.
 
-    python scripts/benchmark.py --models lf_deit_small evit_deit_small:keep_rate=0.5 deit_small_patch16_224 \
-        --batch-size 1 32 --csv speed.csv --markdown speed.md --png speed.png
+    python scripts/benchmark.py --models NAME NAME:KEY=VALUE,KEY=VALUE --batch-size 1 32 --csv speed.csv \
+        --markdown speed.md --png speed.png
     python scripts/benchmark.py --list published --batch-size auto --amp bf16 --csv speed.csv
     python scripts/benchmark.py --loader --data-path IMAGENET/val --num_workers 10 --batch-size 256
 
@@ -20,30 +20,56 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tabulate import tabulate
+from timm.models import model_entrypoint
 
 import utils
-from benchmarks import loading as loader_speed
-from benchmarks.table import COLUMNS, Bench, Options, Row, Spec, title
+from benchmarks import loading
+from benchmarks.table import COLUMNS, Bench, ModelSpec, Options, Row, title
 from benchmarks.timing import cpu_name, device_name, dtype_name
 from engine import Precision
 from inference import streaming
-from utils import log
+from models.registry import registered
+from utils import NON_NEGATIVE, NON_NEGATIVE_INT, POSITIVE_INT, SHARE, log
 
-LISTS = {
-    "project": """
-        lf_deit_small lf_deit_small:location_stage_size=9 cf_deit_small cf_deit_small:coarse_stage_size=9
-        cf_lvvit_small evit_deit_small evit_deit_small:keep_rate=0.5 evit_deit_base avit_deit_tiny
-        avit_deit_small dvt_deit_small dvt_t2t_vit_12 dvt_t2t_vit_14 deit_small_patch16_224
-    """.split(),
-    # What EViT's authors timed theirs against (Liang et al. 2022, arXiv 2202.07800).
-    "published": """
-        swin_small_patch4_window7_224 swin_tiny_patch4_window7_224 tnt_s_patch16_224 tnt_b_patch16_224
-        twins_pcpvt_small twins_pcpvt_base twins_svt_small twins_svt_base visformer_tiny visformer_small
-        deit_small_patch16_224 deit_base_patch16_224 deit_base_patch16_384 cait_xxs24_224 cait_xxs24_384
-        cait_xxs36_224 cait_xxs36_384 cait_s24_224 coat_tiny coat_mini coat_lite_tiny coat_lite_mini
-        coat_lite_small convit_small convit_base nfnet_f0 efficientnet_b0 efficientnet_b1 efficientnet_b2
-    """.split(),
-}
+BASELINE = "deit_small_patch16_224"
+# What Liang et al. 2022 (arXiv 2202.07800) timed their models against.
+PUBLISHED = """
+    swin_small_patch4_window7_224 swin_tiny_patch4_window7_224 tnt_s_patch16_224 tnt_b_patch16_224
+    twins_pcpvt_small twins_pcpvt_base twins_svt_small twins_svt_base visformer_tiny visformer_small
+    deit_small_patch16_224 deit_base_patch16_224 deit_base_patch16_384 cait_xxs24_224 cait_xxs24_384
+    cait_xxs36_224 cait_xxs36_384 cait_s24_224 coat_tiny coat_mini coat_lite_tiny coat_lite_mini
+    coat_lite_small convit_small convit_base nfnet_f0 efficientnet_b0 efficientnet_b1 efficientnet_b2
+""".split()
+
+
+def project_models() -> list[str]:
+    """Return this project's models by their first names, without those of the embedded data set's size."""
+    first_names: dict[object, str] = {}
+    for name in registered:
+        first_names.setdefault(model_entrypoint(name), name)  # aliases share it
+    return [name for name in first_names.values() if not name.endswith("_nano")] + [BASELINE]
+
+
+LISTS = {"project": project_models(), "published": PUBLISHED}
+
+
+def batch_size(text: str) -> int | str:
+    """Read a number from 1 up, or "auto"."""
+    if text != "auto" and not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text}: take numbers from 1 up, or auto")
+    return text if text == "auto" else int(text)
+
+
+def new_file(text: str) -> Path:
+    """Read the path of a file to write.
+
+    Raises:
+        FileNotFoundError: its folder does not exist.
+    """
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path}: name a file in a folder that exists")
+    return path
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -57,63 +83,51 @@ def make_parser() -> argparse.ArgumentParser:
         help="NAME or NAME:KEY=VALUE,... with constructor arguments; default: --list project",
     )
     add("--list", choices=LISTS, help="a list of models, before those of --models")
-    add("--baseline", default="deit_small_patch16_224", metavar="MODEL", help="what all others relate to")
-    add("--batch-size", nargs="+", default=["32"], metavar="N", help="one or several; auto: what fits")
-    add("--max-batch", type=int, help="limit of --batch-size auto; default: 4096 on a GPU")
-    add("--img-size", type=int, help="side of the images in pixels; default: each model's own")
+    add("--baseline", default=BASELINE, metavar="MODEL", help="what all others relate to")
+    sizes = dict(nargs="+", type=batch_size, default=[32], metavar="N")
+    add("--batch-size", **sizes, help="one or several; auto: what fits")
+    add("--max-batch", type=POSITIVE_INT, help="limit of --batch-size auto; default: 4096 on a GPU")
+    add("--img-size", type=POSITIVE_INT, help="side of the images in pixels; default: each model's own")
     share = "share of the images that leave at the first exit, the rest evenly at the others"
-    add("--exit-share", type=float, help=f"{share}; default: 0.78 of two exits, equal shares of more")
+    add("--exit-share", type=SHARE, help=f"{share}; default: 0.78 of two exits, equal shares of more")
     add("--loader", action="store_true", help="time loading instead, with the first model, and both together")
     add("--data-path", metavar="DIR", help="--loader: a folder with images; default: makes 200 JPEGs")
-    add("--num_workers", "--workers", type=int, default=min(8, os.cpu_count() or 1), help="loading processes")
+    workers = min(8, os.cpu_count() or 1)
+    add("--num_workers", "--workers", type=NON_NEGATIVE_INT, default=workers, help="loading processes")
     add("--device", help="default: cuda if there is one, else cpu")
     add("--amp", default="none", choices=("none", "bf16", "fp16"), help="autocast")
     streaming.add_compile(parser)
     add("--train", action="store_true", help="time training steps instead of inference")
-    add("--threads", type=int, help="of the CPU; default: PyTorch's choice")
-    add("--repeats", type=int, default=5, help="timed samples of each model")
-    add("--seconds", type=float, default=0.5, help="least length of a sample")
-    add("--warmup", type=int, default=3, help="untimed batches")
+    add("--threads", type=POSITIVE_INT, help="of the CPU; default: PyTorch's choice")
+    add("--repeats", type=POSITIVE_INT, default=5, help="timed samples of each model")
+    add("--seconds", type=NON_NEGATIVE, default=0.5, help="least length of a sample")
+    add("--warmup", type=NON_NEGATIVE_INT, default=3, help="untimed batches")
     add("--seed", type=int, default=0, help="of weights and images")
     for flag, what in (("--csv", "all numbers"), ("--markdown", "the table"), ("--png", "speed over cost")):
-        add(flag, type=Path, metavar="FILE", help=f"write {what} here")
+        add(flag, type=new_file, metavar="FILE", help=f"write {what} here")
     return parser
 
 
-def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Spec], list[int | str]]:
-    """The arguments, the models and the batch sizes.
+def choose_models(name: str | None, further: list[str], default: list[str]) -> list[ModelSpec]:
+    """Return the models of a list and further ones; of the list without those that timm has dropped.
+
+    Args:
+        name: of the list, or None.
+        further: models as a command line names them.
+        default: taken where neither is given.
 
     Raises:
-        ValueError: a model is unknown, or a number is out of range.
-        FileNotFoundError: a file's folder does not exist.
+        ValueError: a further model is unknown.
     """
-    args = make_parser().parse_args(argv)
-    for name in ("repeats", "threads", "max_batch", "img_size", "warmup", "seconds", "num_workers"):
-        if getattr(args, name) is not None:
-            low = 0 if name in ("warmup", "seconds", "num_workers") else 1
-            utils.check_range(f"--{name.replace('_', '-')}", getattr(args, name), low)
-    if args.exit_share is not None:
-        utils.check_range("--exit-share", args.exit_share, 0, 1)
-    sizes: list[int | str] = []
-    for text in args.batch_size:
-        if text != "auto" and not (text.isdecimal() and int(text)):
-            raise ValueError(f"--batch-size {text}: take numbers from 1 up, or auto")
-        sizes.append(text if text == "auto" else int(text))
-    for path in (args.csv, args.markdown, args.png):
-        if path and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise FileNotFoundError(f"{path}: name a file in a folder that exists")
-    if args.loader and ("auto" in sizes or args.png):
-        raise ValueError("--loader takes --batch-size as numbers, and draws no --png")
-    default = [args.baseline] if args.loader else LISTS["project"]
-    listed = LISTS[args.list] if args.list else [] if args.models else default
-    lost = [text for text in listed if not timm.is_model(text.partition(":")[0])]
-    if lost:
-        log.info("not in this version of timm: %s", ", ".join(lost))
-    return args, [Spec.of(text) for text in [*listed, *args.models] if text not in lost], sizes
+    listed = LISTS[name] if name else [] if further else default
+    dropped = [text for text in listed if not timm.is_model(text.partition(":")[0])]
+    if dropped:
+        log.info("not in this version of timm: %s", ", ".join(dropped))
+    return [ModelSpec.of(text) for text in [*listed, *further] if text not in dropped]
 
 
 def draw(rows: list[Row], header: str, path: Path) -> None:
-    """Images per second over GFLOPs, one colour per batch size."""
+    """Draw images per second over GFLOPs, one colour per batch size."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot(xlabel="mean GFLOPs per image", ylabel="images per second")
     axes.set_title(header, fontsize=7)
@@ -133,7 +147,7 @@ def draw(rows: list[Row], header: str, path: Path) -> None:
 
 
 def as_markdown(rows: list[Row], header: str) -> str:
-    """The header line and a table of the columns that say anything."""
+    """Return the header line and a table of the columns that are not empty."""
     columns = [name for name in COLUMNS if any(row.get(name) not in (None, "", False) for row in rows)]
     formats = [".1f" if "images" in name or "_m" in name else ".3f" for name in columns]
     cells = [[row.get(name) for name in columns] for row in rows]
@@ -147,45 +161,64 @@ def write_csv(rows: list[Row], path: Path, columns: list[str]) -> None:
         writer.writerows(rows)
 
 
-def write_tables(args: argparse.Namespace, rows: list[Row], table: str, columns: list[str]) -> None:
-    """Prints the table, and writes it and all numbers where the command line says."""
+def write_tables(
+    rows: list[Row], columns: list[str], table: str, to_csv: Path | None, to: Path | None
+) -> None:
+    """Print a table, and write all numbers as CSV and the table itself to files, where these are given."""
     print(table, end="")
-    if args.csv:
-        utils.write_atomically(args.csv, lambda path: write_csv(rows, path, columns))
-    if args.markdown:
-        utils.write_atomically(args.markdown, lambda path: path.write_text(table))
+    if to_csv:
+        utils.write_atomically(to_csv, lambda path: write_csv(rows, path, columns))
+    if to:
+        utils.write_atomically(to, lambda path: path.write_text(table))
 
 
-def main() -> None:
-    utils.start_logging(utils.Context(torch.device("cpu"), 0, 1))
-    args, specs, sizes = parse()
-    context = utils.start(args.device, args.seed)
-    if "auto" in sizes and context.device.type != "cuda" and not args.max_batch:
-        raise ValueError(f"--batch-size auto on {context.device.type}: say how far with --max-batch N")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    precision = Precision.of(context.device, args.amp)
-    machine = dict.fromkeys([device_name(context.device), cpu_name()])
-    header = (
-        f"{', '.join(machine)}, {torch.get_num_threads()} threads,"
-        f" PyTorch {torch.__version__}, timm {timm.__version__}, {dtype_name(precision)},"
-        f" {f'compiled ({args.compile})' if args.compile else 'eager'}"
-    )
-    if args.loader:
-        log.info(header)
-        options = loader_speed.Options(args.num_workers, args.repeats, args.seconds)
-        rows = loader_speed.measure(specs[0], args.img_size, args.data_path, sizes, precision, options)
-        return write_tables(args, rows, loader_speed.as_markdown(rows, header), loader_speed.COLUMNS)
-    given = {name: getattr(args, name) for name in Options._fields if getattr(args, name) is not None}
-    bench = Bench(Spec.of(args.baseline), precision, Options(**given))
-    header += f", baseline {args.baseline}"
-    log.info(header)
+def measure_models(bench: Bench, specs: list[ModelSpec], sizes: list[int | str]) -> list[Row]:
+    """Return the rows of all models; no two are in memory at once."""
     rows: list[Row] = []
     for spec in specs:
         rows += bench.rows(spec, sizes)
         gc.collect()  # a model that failed holds its memory in cycles
         torch.cuda.empty_cache()
-    write_tables(args, rows, as_markdown(rows, header), COLUMNS)
+    return rows
+
+
+def describe(precision: Precision, compile: str | None) -> str:
+    """Return the line above a table: the machine, the versions, and how models run."""
+    machine = dict.fromkeys([device_name(precision.device), cpu_name()])
+    return (
+        f"{', '.join(machine)}, {torch.get_num_threads()} threads,"
+        f" PyTorch {torch.__version__}, timm {timm.__version__}, {dtype_name(precision)},"
+        f" {f'compiled ({compile})' if compile else 'eager'}"
+    )
+
+
+def main() -> None:
+    # Check what is asked for, before the first model is built.
+    utils.start_logging(utils.Context(torch.device("cpu"), 0, 1))
+    args = make_parser().parse_args()
+    if args.loader and ("auto" in args.batch_size or args.png):
+        raise ValueError("--loader takes --batch-size as numbers, and draws no --png")
+    default = [args.baseline] if args.loader else LISTS["project"]
+    specs, baseline = choose_models(args.list, args.models, default), ModelSpec.of(args.baseline)
+    context = utils.start(args.device, args.seed)
+    if "auto" in args.batch_size and context.device.type != "cuda" and not args.max_batch:
+        raise ValueError(f"--batch-size auto on {context.device.type}: say how far with --max-batch N")
+    # Say on what and how models run.
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    precision = Precision.of(context.device, args.amp)
+    header = describe(precision, args.compile) + ("" if args.loader else f", baseline {args.baseline}")
+    log.info(header)
+    # Measure, and write what is asked for.
+    if args.loader:
+        options = loading.Options(args.num_workers, args.repeats, args.seconds)
+        where = args.img_size, args.data_path, args.batch_size
+        rows = loading.measure(specs[0], *where, precision, options)
+        table = loading.as_markdown(rows, header)
+        return write_tables(rows, loading.COLUMNS, table, args.csv, args.markdown)
+    given = {name: getattr(args, name) for name in Options._fields if getattr(args, name) is not None}
+    rows = measure_models(Bench(baseline, precision, Options(**given)), specs, args.batch_size)
+    write_tables(rows, COLUMNS, as_markdown(rows, header), args.csv, args.markdown)
     if args.png:
         draw(rows, header, args.png)
     if not any("images_per_second" in row for row in rows):

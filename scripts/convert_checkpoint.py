@@ -14,10 +14,9 @@ import _root as _root
 
 import utils
 from checkpointing.format import Results, load_checkpoint, save_checkpoint
-from datasets import data_config
+from inference.session import open_model
 from models import flags
 from models.cost import exit_gflops
-from models.weights import model_from_checkpoint
 from utils import log
 
 
@@ -54,19 +53,18 @@ def main() -> None:
         raise ValueError(f"{args.output}: name a .pth or a .safetensors file")
     if args.output.exists():
         raise ValueError(f"{args.output} is there already: remove it or name another")
-    found = load_checkpoint(args.input)
-    model, name, kwargs = model_from_checkpoint(
-        found, args.input, args.model, flags.constructor_kwargs(vars(args)), args.use_ema
-    )
-    names = class_names(args.classes, model.num_classes) if args.classes else found.get("class_names")
+    kwargs = flags.constructor_kwargs(vars(args))
+    trained = open_model(load_checkpoint(args.input), args.input, args.model, kwargs, args.use_ema)
+    count = trained.model.num_classes
+    names = class_names(args.classes, count) if args.classes else trained.class_names
     # What a published file says of itself stays, but its GFLOPs are those that this code runs.
-    results = Results.of(found)
-    results.flops = exit_gflops(model)
-    kept = {"model_name": name, "model_kwargs": kwargs, "data_config": data_config(model.recipe, found)}
-    kept |= ({"class_names": names} if names else {}) | results.known()
+    results = Results.of(trained.checkpoint)
+    results.flops = exit_gflops(trained.model)
+    keys = {"model": trained.model.state_dict(), "model_name": trained.name, "model_kwargs": trained.kwargs}
+    keys |= {"data_config": trained.config} | ({"class_names": names} if names else {}) | results.known()
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint({"model": model.state_dict()} | kept, args.output)
-    log.info("wrote %s: %s, %d classes, %s GFLOPs", args.output, name, model.num_classes, results.flops)
+    save_checkpoint(keys, args.output)
+    log.info("wrote %s: %s, %d classes, %s GFLOPs", args.output, trained.name, count, results.flops)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Puts the images of a folder into one LMDB file per split, which main_deit.py reads with --use-lmdb.
+"""Put the images of a folder into one LMDB file per split, which main_deit.py reads with --use-lmdb.
 
     python scripts/folder2lmdb.py --dir IMAGENET
     python main_deit.py --data-path IMAGENET --use-lmdb ...
@@ -15,9 +15,9 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import _root as _root
-import lmdb
 import torch
 
 import datasets
@@ -25,34 +25,38 @@ import utils
 from loading import archives
 from utils import log
 
-SOURCE = b"__source__"  # tells whether a file is of the same classes, paths and labels
+if TYPE_CHECKING:
+    import lmdb
+
+SOURCE = b"__source__"  # key of `source_of` the folder
 EXTRA = (archives.LENGTH, archives.CLASSES, SOURCE)
 BATCH = 128  # images per transaction: a killed run repeats no more
 MAP = 2**28  # bytes that a new file may grow to before its map does
 
 
 def source_of(folder: datasets.Folder) -> bytes:
-    """A hash of the classes, paths and labels of a folder, in their order."""
+    """Return a hash of the classes, paths and labels of a folder, in their order."""
     listed = [[str(Path(path).relative_to(folder.root)), label] for path, label in folder.samples]
     return hashlib.sha256(json.dumps([folder.classes, listed]).encode()).hexdigest().encode()
 
 
 def records(
-    folder: datasets.Folder, start: int, batch: int, workers: int
+    folder: datasets.Folder, start: int, batch: int, threads: int
 ) -> Iterator[list[tuple[bytes, bytes]]]:
-    """Keys and values from an image on, in batches."""
+    """Yield keys and values of the images from number `start` on, in batches."""
 
     def read(index: int) -> tuple[bytes, bytes]:
         path, label = folder.samples[index]
         return b"%d" % index, archives.pack(label, Path(path).read_bytes())
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         for first in range(start, len(folder), batch):
             yield list(pool.map(read, range(len(folder))[first : first + batch]))
 
 
-def put(environment: lmdb.Environment, items: list[tuple[bytes, bytes]]) -> None:
-    """Writes all or nothing; a map that is full is doubled."""
+def put(environment: "lmdb.Environment", items: list[tuple[bytes, bytes]]) -> None:
+    """Write all items or none; double a map that is full."""
+    lmdb = archives.import_lmdb()
     while True:
         try:
             with environment.begin(write=True) as transaction:
@@ -63,35 +67,37 @@ def put(environment: lmdb.Environment, items: list[tuple[bytes, bytes]]) -> None
             environment.set_mapsize(2 * environment.info()["map_size"])
 
 
-def count(environment: lmdb.Environment) -> int:
-    """Images in a file, which are always its first ones."""
+def count(environment: "lmdb.Environment") -> int:
+    """Count the images in a file, which are always the folder's first ones."""
     with environment.begin() as transaction:
         return transaction.stat()["entries"] - sum(transaction.get(key) is not None for key in EXTRA)
 
 
-def fill(environment: lmdb.Environment, folder: datasets.Folder, name: str, batch: int, workers: int) -> None:
-    """Writes what a file lacks, and compares all of it with the folder.
+def fill(
+    environment: "lmdb.Environment", folder: datasets.Folder, name: str, batch: int, threads: int
+) -> None:
+    """Write the images that a file lacks, and compare all of it with the folder.
 
     Raises:
         ValueError: the file is of another folder, or the folder has changed since it was read.
     """
     source, total = source_of(folder), len(folder)
     with environment.begin() as transaction:
-        found = transaction.get(SOURCE)
-    if found is None:
+        stored = transaction.get(SOURCE)
+    if stored is None:
         put(environment, [(SOURCE, source), (archives.CLASSES, json.dumps(folder.classes).encode())])
-    elif found != source:
+    elif stored != source:
         raise ValueError("it was begun with other classes or files")
     done = count(environment)
     with utils.progress(total, initial=done) as bar:
         if done:
             log.info("%s: %d of %d images are there", name, done, total)
-        for items in records(folder, done, batch, workers):
+        for items in records(folder, done, batch, threads):
             put(environment, items)
             advance(bar, len(items), f"{name}: written")
     put(environment, [(archives.LENGTH, b"%d" % total)])
     with utils.progress(total) as bar:
-        for items in records(folder, 0, batch, workers):
+        for items in records(folder, 0, batch, threads):
             with environment.begin(buffers=True) as transaction:
                 for key, value in items:
                     if transaction.get(key) != value:
@@ -102,7 +108,7 @@ def fill(environment: lmdb.Environment, folder: datasets.Folder, name: str, batc
 
 
 def advance(bar, images: int, text: str) -> None:
-    """Moves a bar, and writes a line for every tenth of the way."""
+    """Move a bar, and log a line for every tenth of the images."""
     before, total = bar.n, bar.total
     bar.update(images)
     if bar.n * 10 // total > before * 10 // total:
@@ -111,21 +117,22 @@ def advance(bar, images: int, text: str) -> None:
 
 
 def convert(
-    folder: datasets.Folder, target: Path, workers: int = 4, batch: int = BATCH, map_size: int = MAP
+    folder: datasets.Folder, target: Path, threads: int = 4, batch: int = BATCH, map_size: int = MAP
 ) -> None:
-    """Makes an LMDB file of a folder, or finishes one.
+    """Make an LMDB file of a folder, or finish one.
 
     Args:
         folder: the images.
         target: the file; a finished one of the same images is left as it is.
-        workers: reading threads.
+        threads: that read images.
         batch: images per transaction.
         map_size: bytes that the file may take at first.
 
     Raises:
-        ValueError: there is a file of other images, or the images have changed meanwhile.
+        ValueError: there is a file of other images, the images have changed meanwhile, or lmdb is missing.
         OSError: the file cannot be written.
     """
+    lmdb = archives.import_lmdb()
     if target.exists():
         archives.Lmdb(target)
         if archives.entry(os.path.abspath(target), SOURCE) != source_of(folder):
@@ -135,7 +142,7 @@ def convert(
     unfinished = target.with_name(f".{target.name}.part")
     try:
         with lmdb.open(str(unfinished), subdir=False, map_size=map_size) as environment:
-            fill(environment, folder, target.name, batch, workers)
+            fill(environment, folder, target.name, batch, threads)
     except ValueError as error:
         raise ValueError(f"{unfinished}: {error}; remove it and begin anew") from error
     except lmdb.Error as error:
@@ -165,7 +172,8 @@ def main() -> None:
     args = parse()
     utils.check_range("--num_workers", args.num_workers, 1)
     utils.start_logging(utils.Context(torch.device("cpu"), 0, 1))
-    folders = {split: datasets.build_dataset("IMNET", args.dir, split) for split in args.splits}
+    source = datasets.DataSource("IMNET", args.dir)
+    folders = {split: datasets.build_dataset(source, split) for split in args.splits}
     output = args.output or args.dir
     output.mkdir(parents=True, exist_ok=True)
     for split, folder in folders.items():

@@ -25,8 +25,9 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -58,7 +59,7 @@ both CC BY 2.0 (https://creativecommons.org/licenses/by/2.0/).
 
 
 def places(cells: int) -> list[frozenset[tuple[int, int]]]:
-    """Lists where a box of `cells` x `cells` cells can lie, each place as the set of its (row, column)."""
+    """List where a box of `cells` x `cells` cells can lie, each place as the set of its (row, column)."""
     starts = itertools.product(range(BASE // CELL - cells + 1), repeat=2)
     offsets = list(itertools.product(range(cells), repeat=2))
     return [frozenset((row + down, column + right) for down, right in offsets) for row, column in starts]
@@ -70,7 +71,7 @@ UPPER_HALF = np.repeat(np.float32([[1], [0]]), 4, axis=0).repeat(8, axis=1)  # [
 
 
 class Box(NamedTuple):
-    """A square, in px of a 56-px image."""
+    """Give the place of a square, in px of a 56-px image."""
 
     left: float
     top: float
@@ -78,7 +79,7 @@ class Box(NamedTuple):
 
 
 class Sources(NamedTuple):
-    """What the images of one split are made of."""
+    """Hold the digits and photographs that the images of one split are made of."""
 
     digits: np.ndarray  # [n, 8, 8], ink from 0 to 1
     numbers: np.ndarray  # [n], the index of each in load_digits
@@ -88,7 +89,7 @@ class Sources(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def load_sources(split: str, size: int) -> Sources:
-    """Loads the digits and the strips of photographs that are the split's own, for images of `size` px."""
+    """Load the digits and the strips of photographs that are the split's own, for images of `size` px."""
     data = load_digits()
     numbers = np.random.RandomState(1234).permutation(len(data.images))[DIGITS[split]]
     photos = []
@@ -100,7 +101,7 @@ def load_sources(split: str, size: int) -> Sources:
 
 
 def lay_out(rng: np.random.Generator) -> list[Box]:
-    """Draws 2 to 4 boxes in cells of their own, largest first.
+    """Draw 2 to 4 boxes in cells of their own, largest first.
 
     There is always a free place: a 2x2 box blocks at most 9 of the 36 places for another.
     """
@@ -135,7 +136,7 @@ def draw_fragment(rng: np.random.Generator, digit: np.ndarray) -> np.ndarray:
 
 
 def render(pattern: np.ndarray, box: Box, angle: float, size: int) -> np.ndarray:
-    """Draws a pattern [n, n] turned by `angle` (radians) into its box on a black canvas [size, size]."""
+    """Draw a pattern [n, n] turned by `angle` (radians) into its box on a black canvas [size, size]."""
     n = len(pattern)
     framed = np.zeros((n + 2, n + 2), np.float32)  # a rim of zeros, for the pattern to fade into
     framed[1:-1, 1:-1] = pattern
@@ -151,7 +152,7 @@ def render(pattern: np.ndarray, box: Box, angle: float, size: int) -> np.ndarray
 def draw_image(
     rng: np.random.Generator, sources: Sources, label: int, size: int
 ) -> tuple[np.ndarray, Box, int]:
-    """Draws an image that shows a digit of class `label`.
+    """Draw an image that shows a digit of class `label`.
 
     Returns:
         The image [size, size] in uint8, the box of the digit and the digit's index in load_digits.
@@ -172,7 +173,7 @@ def draw_image(
 
 
 def write_chunk(root: Path, split: str, seed: int, size: int, indices: range) -> list[list[str | int]]:
-    """Writes images of a split below `root` and returns their rows of boxes.csv."""
+    """Write images of a split below `root` and returns their rows of boxes.csv."""
     sources = load_sources(split, size)
     rows: list[list[str | int]] = []
     for index in indices:
@@ -188,7 +189,7 @@ def write_chunk(root: Path, split: str, seed: int, size: int, indices: range) ->
 
 
 def build(root: Path, counts: dict[str, int], seed: int, size: int, workers: int) -> None:
-    """Writes the images of all splits, boxes.csv and ATTRIBUTION.txt into the empty directory `root`."""
+    """Write the images of all splits, boxes.csv and ATTRIBUTION.txt into the empty directory `root`."""
     (root / "ATTRIBUTION.txt").write_text(ATTRIBUTION)
     # Ctrl-C reaches every process of a terminal; the parent alone answers it.
     pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
@@ -211,32 +212,47 @@ def build(root: Path, counts: dict[str, int], seed: int, size: int, workers: int
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports an error in one line, without the usage."""
+    """Report an error in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+def whole_number(least: int, step: int = 1) -> Callable[[str], int]:
+    """Return a type for argparse: multiples of `step` from `least` up."""
+
+    def convert(text: str) -> int:
+        with suppress(ValueError):
+            value = int(text)
+            if value >= least and value % step == 0:
+                return value
+        of = f", a multiple of {step}" if step > 1 else ""
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} up{of}")
+
+    return convert
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads and checks the command line; a bad one ends the program with code 2."""
+    """Read and check the command line; a bad one ends the program with code 2."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to make")
+    add = parser.add_argument
+    add("--output", type=Path, required=True, metavar="DIR", help="directory to make")
     for split, count in (("train", 64000), ("val", 2000), ("test", 2000)):
-        parser.add_argument(f"--{split}", type=int, default=count, metavar="N", help=f"default {count}")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
-    parser.add_argument("--size", type=int, default=BASE, metavar="PX", help="a multiple of 56, default 56")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="default: all cores")
-    args = parser.parse_args(argv)
-    for name, least in {"train": 0, "val": 0, "test": 0, "seed": 0, "workers": 1}.items():
-        if getattr(args, name) < least:
-            parser.error(f"--{name} is {getattr(args, name)}: give {least} or more")
-    if args.size < BASE or args.size % BASE:
-        parser.error(f"--size is {args.size}: give a multiple of {BASE}, such as {BASE} or {4 * BASE}")
-    return args
+        add(f"--{split}", type=whole_number(0), default=count, metavar="N", help=f"default {count}")
+    add("--seed", type=whole_number(0), default=0, metavar="S", help="default 0")
+    add(
+        "--size",
+        type=whole_number(BASE, BASE),
+        default=BASE,
+        metavar="PX",
+        help="a multiple of 56, default 56",
+    )
+    add("--workers", type=whole_number(1), default=os.cpu_count(), metavar="N", help="default: all cores")
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code."""
+    """Run the command and returns its exit code."""
     args = parse_arguments(argv)
     counts = {split: getattr(args, split) for split in DIGITS}
     record = json.dumps({"format": FORMAT, **counts, "seed": args.seed, "size": args.size}, indent=2) + "\n"

@@ -1,4 +1,4 @@
-"""Makes the token labels that LV-ViT trains with, from any classifier, for the training images of a folder.
+"""Make token labels (Jiang et al. 2021, arXiv 2104.10858) for a folder's training images with any classifier.
 
     python scripts/make_token_labels.py --model nfnet_l0 --data-path IMAGENET --output labels
     python scripts/make_token_labels.py --checkpoint model_best.pth --data-path data/digits --output labels
@@ -25,7 +25,7 @@ from torch.utils.data import Subset
 import datasets
 import utils
 from checkpointing.format import load_checkpoint, load_json, save_json
-from loading import loaders
+from loading.loaders import EvalLoader, Shard
 from loading.token_labels import label_path
 from models import AdaptiveViT
 from models.weights import load_weights, model_from_checkpoint
@@ -34,7 +34,7 @@ LARGEST_HALF = 2048  # half precision holds whole numbers up to this one
 
 
 def load_own(name: str, checkpoint: dict, source: str | None, options: dict) -> tuple[nn.Module, dict]:
-    """A plain model of this project with the weights of a checkpoint, and how it wants its images."""
+    """Return a plain model of this project with the weights of a checkpoint, and its data config."""
     if source is None:
         raise ValueError(f"{name} has no published weights: give --checkpoint")
     model, *_ = model_from_checkpoint(checkpoint, source, name, options)
@@ -44,7 +44,7 @@ def load_own(name: str, checkpoint: dict, source: str | None, options: dict) -> 
 
 
 def load_timm(name: str, checkpoint: dict, source: str | None, options: dict) -> tuple[nn.Module, dict]:
-    """A model of timm with the weights of a checkpoint or its published ones, and how it wants its images."""
+    """Return a model of timm with the weights of a checkpoint or its published ones, and its data config."""
     if source is None and not timm.models.is_model_pretrained(name):
         raise ValueError(f"{name} has no published weights: give --checkpoint")
     published = timm.get_pretrained_cfg(name)
@@ -65,7 +65,7 @@ def load_timm(name: str, checkpoint: dict, source: str | None, options: dict) ->
 def load_classifier(
     name: str | None, source: str | None, img_size: int | None
 ) -> tuple[nn.Module, dict, dict]:
-    """Builds the classifier.
+    """Build the classifier.
 
     Args:
         name: registered model; default: the one that the checkpoint names.
@@ -73,7 +73,7 @@ def load_classifier(
         img_size: side of the model input in pixels; default: the model's own.
 
     Returns:
-        The model in evaluation mode, how it wants its images, and the checkpoint, {} without one.
+        The model in evaluation mode, its data config, and the checkpoint, {} without one.
 
     Raises:
         ValueError: the model is unknown, has no weights, or does not fit them.
@@ -91,7 +91,7 @@ def load_classifier(
 
 
 def cell_logits(model: nn.Module, images: Tensor) -> Tensor:
-    """The classifier's logits for every patch or feature-map cell.
+    """Return the classifier's logits for every patch or feature-map cell.
 
     Args:
         model: a plain AdaptiveViT, or a model of timm with `forward_features` and `forward_head`.
@@ -135,9 +135,9 @@ def cell_logits(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def make_labels(logits: Tensor, size: int, top_k: int) -> Tensor:
-    """Labels [B,2,T,G,G] from logits [B,K,h,w]: scores and numbers of the best T classes of every cell.
+    """Make labels [B,2,T,G,G] of logits [B,K,h,w]: scores and numbers of the best T classes of every cell.
 
-    A class that is left out counts 0, and e^0 = 1 is then the mean of e^logit over those left out.
+    A class that is left out has the score 0, and e^0 = 1 is then the mean of e^logit over those left out.
     """
     logits = F.interpolate(logits.float(), (size, size), mode="bilinear")
     scores, classes = logits.topk(top_k, dim=1)
@@ -149,7 +149,7 @@ def make_labels(logits: Tensor, size: int, top_k: int) -> Tensor:
 
 
 def plan(data: datasets.Folder, output: Path, record: dict) -> list[tuple[int, Path]]:
-    """Numbers of the images that have no label yet, and where it goes; makes the folders.
+    """List the numbers of the images that have no label yet, each with its file; make the folders.
 
     Raises:
         ValueError: two images would share a label, or the output holds labels of another kind.
@@ -205,7 +205,7 @@ def main() -> None:
         "crop_mode": "squash",
     }
     transform = datasets.eval_transform(config["img_size"], look)
-    data = datasets.build_dataset("IMNET", args.data_path, "train", transform)
+    data = datasets.build_dataset(datasets.DataSource("IMNET", args.data_path), "train", transform)
     if len(data.classes) != classes or checkpoint.get("class_names", data.classes) != data.classes:
         raise ValueError(
             f"{config['name']} knows other classes ({classes}) than {args.data_path} ({len(data.classes)}):"
@@ -217,9 +217,9 @@ def main() -> None:
 
     model.to(device)
     dtype = torch.float16 if classes <= LARGEST_HALF else torch.float32
-    bad, done = dict(max_bad=args.max_bad_images, bad_list=args.output / "bad_images.txt"), 0
-    images = Subset(data, [i for i, _ in todo])
-    loader = loaders.eval_loader(images, args.batch_size, args.num_workers, **bad)
+    unlabelled, done = Subset(data, [i for i, _ in todo]), 0
+    bad = dict(max_bad=args.max_bad_images, bad_list=args.output / "bad_images.txt")
+    loader = EvalLoader(Shard(unlabelled, **bad), args.batch_size, num_workers=args.num_workers)
     with utils.progress(len(data), initial=len(data) - len(todo)) as bar:
         for images, _ in loader:
             labels = make_labels(cell_logits(model, images.to(device)), args.size, args.top_k).to(dtype).cpu()

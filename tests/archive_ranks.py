@@ -18,15 +18,18 @@ def grey(image: Image.Image) -> int:
 
 def main() -> None:
     context = utils.start("cpu")
-    share = dict(rank=context.rank, world=context.world_size)
     seen: dict[str, dict[str, list]] = {}
     for kind, source in json.loads(sys.argv[1]).items():
         seen[kind] = {"train": [], "val": []}
         for split, epochs in seen[kind].items():
             with utils.main_first(context):
-                data = datasets.build_dataset(split=split, transform=grey, **source)
-            make = loaders.train_loader if split == "train" else loaders.eval_loader
-            loader = make(data, 3, 2, **share)
+                data = datasets.build_dataset(datasets.DataSource(**source), split, grey)
+            if split == "train":
+                share = dict(rank=context.rank, world_size=context.world_size)
+                loader = loaders.train_loader(data, 3, num_workers=2, **share)
+            else:
+                shard = loaders.Shard(data, context.rank, context.world_size)
+                loader = loaders.EvalLoader(shard, 3, num_workers=2)
             for epoch in range(2):
                 if split == "train":
                     loader.sampler.set_epoch(epoch)

@@ -49,20 +49,17 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sharp(folder: Path, trained: Path) -> Path:
     """The trained checkpoint with a head that makes confidences and predictions differ. Copy it to write."""
-    import datasets
-    from models.weights import model_from_checkpoint
+    from datasets import DataSource
+    from inference.session import open_model
 
-    checkpoint = load_checkpoint(trained / "checkpoint.pth")
-    model, *_ = model_from_checkpoint(checkpoint, "the trained model", None, {})
-    data = datasets.build_dataset(
-        "IMNET", folder, "val", datasets.eval_transform(56, checkpoint["data_config"])
-    )
+    opened = open_model(load_checkpoint(trained / "checkpoint.pth"), "the trained model")
+    model, data = opened.model.eval(), opened.dataset(DataSource("IMNET", folder), "val")
     with torch.no_grad():
-        logits = torch.stack([out.logits for out in model.eval()(torch.stack([image for image, _ in data]))])
+        logits = torch.stack([out.logits for out in model(torch.stack([image for image, _ in data]))])
         model.head.bias -= logits.mean(dim=(0, 1))  # two epochs leave one class ahead for every image
         for parameter in model.head.parameters():
             parameter *= 15
-    save_checkpoint(checkpoint | {"model": model.state_dict()}, trained.parent / "sharp.pth")
+    save_checkpoint(opened.checkpoint | {"model": model.state_dict()}, trained.parent / "sharp.pth")
     return trained.parent / "sharp.pth"
 
 

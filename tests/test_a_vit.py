@@ -368,6 +368,7 @@ def test_training_with_stochastic_depth_learns_everywhere() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_without_a_graph_break(training: bool) -> None:
     model, images = spread().train(training), pictures(3)
@@ -424,12 +425,14 @@ def halting(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "out"
 
 
+@pytest.mark.slow
 def test_gates_travel_with_the_checkpoint_and_flags_win(halting: Path) -> None:
     kwargs = load_checkpoint(halting / "checkpoint.pth")["model_kwargs"]
     gates = {name: kwargs[name] for name in ("gate_scale", "gate_center", "ponder_token_scale")}
     assert gates == {"gate_scale": 8, "gate_center": 4, "ponder_token_scale": 0.01}
 
 
+@pytest.mark.slow
 def test_training_logs_what_halts(halting: Path) -> None:
     (line,) = (json.loads(line) for line in (halting / "log.txt").read_text().splitlines())
     for part in ("train", "test"):
@@ -441,7 +444,9 @@ def test_training_logs_what_halts(halting: Path) -> None:
     checkpoint = load_checkpoint(halting / "checkpoint.pth")
     model, *_ = model_from_checkpoint(checkpoint, "the checkpoint", None, {})
     transform = datasets.eval_transform(56, checkpoint["data_config"])
-    data = datasets.build_dataset("IMNET", checkpoint["args"]["data_path"], "val", transform)
+    data = datasets.build_dataset(
+        datasets.DataSource("IMNET", checkpoint["args"]["data_path"]), "val", transform
+    )
     with torch.inference_mode():
         infos = [model.eval()(image[None])[0].info for image, _ in data]
     depths = torch.cat([info["depth"] for info in infos]).double()
@@ -451,13 +456,14 @@ def test_training_logs_what_halts(halting: Path) -> None:
     assert line["train_ponder"] == pytest.approx(0.01 * (line["train_cnt_token_mean"] + 0.5), abs=0.01)
 
 
+@pytest.mark.slow
 def test_cost_is_told_per_image_and_the_gate_gives_a_curve(
     halting: Path, folder: Path, tmp_path: Path, command: Command
 ) -> None:
     infer = ["dynamic_inference", "--checkpoint_path", halting / "checkpoint.pth", "--data_url", folder]
     infer += ["--num_workers", 0, "--device", "cpu"]
     report = tmp_path / "report.json"
-    ended = command(*infer, "--vary", "gate_center", 0, 4, 1000, "--results", report)
+    ended = command(*infer, "--vary", "gate_center", 0, 4, 200, "--results", report)
     assert ended.code == 0, ended.err
     costs, _ = json.loads(report.read_text())["budgeted_batch_classification"]
     model = timm.create_model("avit_deit_nano", num_classes=4, patch_size=8)

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import datasets
 import main_deit
-from datasets import Folder, build_dataset
+from datasets import DataSource, Folder, build_dataset
 from loading import archives
 from loading.archives import Lmdb
 
@@ -131,10 +131,12 @@ def archives_missing() -> bool:
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def source(request: pytest.FixtureRequest, numbered: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Arguments of build_dataset for the numbered images in each kind of archive."""
+def source(
+    request: pytest.FixtureRequest, numbered: Path, tmp_path_factory: pytest.TempPathFactory
+) -> DataSource:
+    """The numbered images in each kind of archive."""
     data_set, root = in_archive(request.param, numbered, tmp_path_factory.mktemp(request.param) / "archive")
-    return dict(data_set=data_set, root=root, use_lmdb=request.param == "lmdb")
+    return DataSource(data_set, root, use_lmdb=request.param == "lmdb")
 
 
 def number(image: Image.Image) -> int:
@@ -158,33 +160,34 @@ def content(path: Path) -> dict[bytes, bytes]:
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_archive_equals_its_folder(split: str, source: dict, numbered: Path) -> None:
-    folder, archive = build_dataset("IMNET", numbered, split), build_dataset(split=split, **source)
+def test_archive_equals_its_folder(split: str, source: DataSource, numbered: Path) -> None:
+    folder, archive = build_dataset(DataSource("IMNET", numbered), split), build_dataset(source, split)
     assert archive.classes == folder.classes == ["a", "b", "c"]
     assert len(archive) == len(folder) and read(archive) == read(folder)
     assert [archive.record(i)[0] for i in range(3)] == [Path(p).read_bytes() for p, _ in folder.samples[:3]]
     assert archive[0][0].mode == "RGB"
-    transformed = build_dataset(split=split, transform=number, **source)
+    transformed = build_dataset(source, split, number)
     assert transformed[5] == (read(folder)[5][0], folder[5][1])
 
 
-def test_classes_of_a_model_renumber_an_archive(source: dict, numbered: Path) -> None:
+def test_classes_of_a_model_renumber_an_archive(source: DataSource, numbered: Path) -> None:
     wanted = ["c", "x", "b", "a"]
-    folder = build_dataset("IMNET", numbered, "val", classes=wanted)
-    archive = build_dataset(split="val", classes=wanted, **source)
+    folder = build_dataset(DataSource("IMNET", numbered), "val", classes=wanted)
+    archive = build_dataset(source, "val", classes=wanted)
     assert archive.classes == wanted and read(archive) == read(folder)
     with pytest.raises(ValueError, match="class 'b'.*not among"):
-        build_dataset(split="val", classes=["a", "c"], **source)
+        build_dataset(source, "val", classes=["a", "c"])
 
 
-def test_archive_survives_pickling_and_workers(source: dict) -> None:
-    data = build_dataset(split="val", transform=number, **source)
+@pytest.mark.slow
+def test_archive_survives_pickling_and_workers(source: DataSource) -> None:
+    data = build_dataset(source, "val", number)
     expected = list(data)
     copy = pickle.loads(pickle.dumps(data))
     assert list(data) == expected == list(copy)  # both handles work, in this order and the other
     for _ in range(2):
         assert loaded(data, 2, "fork") == expected == list(data)
-    if source["data_set"].startswith("hfds"):  # whose reader could not be found by the worker under its name
+    if source.data_set.startswith("hfds"):
         assert loaded(data, 1, "spawn") == expected
     assert sys.modules["datasets"] is datasets
 
@@ -209,13 +212,14 @@ def by_two(numbered: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return json.loads(ended.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_of_two_workers_evaluate_every_image_once_in_order(
     kind: str, by_two: dict[str, dict], numbered: Path
 ) -> None:
     if kind not in by_two:
         pytest.skip("its package is not installed")
-    in_order = [number for number, _ in read(build_dataset("IMNET", numbered, "val"))]
+    in_order = [number for number, _ in read(build_dataset(DataSource("IMNET", numbered), "val"))]
     assert sorted(in_order) == list(range(23))
     for ranks in by_two[kind]["val"]:
         assert [[image for batch in rank for image in batch] for rank in ranks] == [
@@ -224,6 +228,7 @@ def test_two_ranks_of_two_workers_evaluate_every_image_once_in_order(
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_of_two_workers_train_on_every_image_once(kind: str, by_two: dict[str, dict]) -> None:
     """Shares are made equal: of 41 images one is seen twice. 21 fill batches of 3: none is left out."""
@@ -239,14 +244,15 @@ def test_two_ranks_of_two_workers_train_on_every_image_once(kind: str, by_two: d
 
 
 @pytest.fixture(scope="module")
-def known() -> dict[str, tuple[dict, dict]]:
+def expected() -> dict[str, tuple[dict, dict]]:
     """Results by folder, to train there only once."""
     return {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_commands_do_the_same_on_archives_as_on_folders(
-    kind: str, command: Command, folder: Path, tmp_path: Path, known: dict
+    kind: str, command: Command, folder: Path, tmp_path: Path, expected: dict
 ) -> None:
     def results(root: Path, *words: str) -> tuple[dict, dict]:
         """The log of training and what inference finds."""
@@ -261,11 +267,11 @@ def test_commands_do_the_same_on_archives_as_on_folders(
         return json.loads((output / "log.txt").read_text()), json.loads(file.read_text()), names
 
     data_set, root = in_archive(kind, folder, tmp_path / "archive")
-    if not known:
-        known["folder"] = results(folder)
+    if not expected:
+        expected["folder"] = results(folder)
     switch = ["--use-lmdb"] if kind == "lmdb" else []
-    assert results(root, "--data-set", data_set, *switch) == known["folder"]
-    assert known["folder"][2] == ["amber", "blue", "coral", "dusk"]
+    assert results(root, "--data-set", data_set, *switch) == expected["folder"]
+    assert expected["folder"][2] == ["amber", "blue", "coral", "dusk"]
     checkpoint = tmp_path / "output" / root.name / "checkpoint.pth"
     resumed = ["--resume", str(checkpoint), "--data-path", "elsewhere"]
     assert not main_deit.parse(resumed)[0].use_lmdb  # as the path, which it belongs to
@@ -298,13 +304,19 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, numbered: P
     monkeypatch.setattr(hugging_face, "load_hugging_face", hugging_face.load_hugging_face.__wrapped__)
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="pip install 'datasets>=4'"):
         patch.setattr(hugging_face, "version", lambda name: "3.6.0")
-        build_dataset("hfds/", numbered, "train")
+        build_dataset(DataSource("hfds/", numbered), "train")
     monkeypatch.setattr(hugging_face.PathFinder, "find_spec", lambda *_: None)
     with pytest.raises(ValueError, match="pip install 'datasets>=4'"):
-        build_dataset("hfds/", numbered, "train")
-    monkeypatch.setattr(archives, "find_spec", lambda name: None)
+        build_dataset(DataSource("hfds/", numbered), "train")
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    monkeypatch.setitem(sys.modules, "lmdb", None)
     with pytest.raises(ValueError, match="pip install webdataset"):
-        build_dataset("wds/", tmp_path, "train-{0..3}.tar")
+        build_dataset(DataSource("wds/", tmp_path), "train-{0..3}.tar")
+    (tmp_path / "train.lmdb").touch()
+    with pytest.raises(ValueError, match="pip install lmdb"):
+        build_dataset(DataSource("IMNET", tmp_path, use_lmdb=True), "train")
+    with pytest.raises(ValueError, match="pip install lmdb"):
+        folder2lmdb.convert(Folder(numbered / "train"), tmp_path / "new.lmdb")
 
 
 # LMDB
@@ -313,13 +325,13 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, numbered: P
 def test_records_are_plain(numbered: Path, tmp_path: Path) -> None:
     """The layout, read without this project's code."""
     folder = Folder(numbered / "val")
-    found = content(make_lmdb(numbered, tmp_path / "made") / "val.lmdb")
-    assert found.pop(b"__len__") == b"23"
-    assert json.loads(found.pop(b"__classes__")) == ["a", "b", "c"]
-    found.pop(b"__source__")
-    assert set(found) == {str(i).encode() for i in range(23)}
+    entries = content(make_lmdb(numbered, tmp_path / "made") / "val.lmdb")
+    assert entries.pop(b"__len__") == b"23"
+    assert json.loads(entries.pop(b"__classes__")) == ["a", "b", "c"]
+    entries.pop(b"__source__")
+    assert set(entries) == {str(i).encode() for i in range(23)}
     for index, (path, label) in enumerate(folder.samples):
-        record = found[str(index).encode()]
+        record = entries[str(index).encode()]
         assert record[:4] == b"IMGR" and struct.unpack("<Iq", record[4:16]) == (1, label)
         assert record[16:] == Path(path).read_bytes()
 
@@ -340,9 +352,9 @@ def test_folder2lmdb_makes_a_file_per_split(command: Command, numbered: Path, tm
 
 def test_missing_val_is_found_under_its_other_names(numbered: Path, tmp_path: Path) -> None:
     folder2lmdb.convert(Folder(numbered / "train"), tmp_path / "test.lmdb")
-    assert len(build_dataset("IMNET", tmp_path, "val", use_lmdb=True)) == 41
+    assert len(build_dataset(DataSource("IMNET", tmp_path, use_lmdb=True), "val")) == 41
     folder2lmdb.convert(Folder(numbered / "val"), tmp_path / "validation.lmdb")
-    assert len(build_dataset("IMNET", tmp_path, "val", use_lmdb=True)) == 23
+    assert len(build_dataset(DataSource("IMNET", tmp_path, use_lmdb=True), "val")) == 23
 
 
 def test_other_images_are_not_overwritten(numbered: Path, tmp_path: Path) -> None:
@@ -374,7 +386,7 @@ def test_stopped_conversion_goes_on_where_it_was(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(folder2lmdb, "Path", Stopping)
-        folder2lmdb.convert(folder, target, workers=1, batch=4)
+        folder2lmdb.convert(folder, target, threads=1, batch=4)
     assert not target.exists()
     kept = after // 4 * 4  # whole transactions
     caplog.set_level(logging.INFO, "adaptive-vit")
@@ -449,9 +461,9 @@ def test_map_grows(tmp_path: Path, numbered: Path) -> None:
     folder = Folder(tmp_path / "in")
     for batch in (1, 12):
         folder2lmdb.convert(folder, tmp_path / f"{batch}.lmdb", batch=batch, map_size=2**14)
-        found = content(tmp_path / f"{batch}.lmdb")
+        entries = content(tmp_path / f"{batch}.lmdb")
         for index, (path, _) in enumerate(folder.samples):
-            assert found[str(index).encode()][16:] == Path(path).read_bytes()
+            assert entries[str(index).encode()][16:] == Path(path).read_bytes()
         assert (tmp_path / f"{batch}.lmdb").stat().st_size < 2_000_000  # not as large as the map
 
 
@@ -557,13 +569,14 @@ def test_shards_by_name_by_pattern_and_by_list(numbered: Path, tmp_path: Path) -
     expected = read(folder)
     files = write_shards(tmp_path, "val", folder, [5, 18])
     (tmp_path / "value.tar").write_bytes(b"not of this split")
-    assert read(build_dataset("wds/", tmp_path, "val")) == expected
-    assert read(build_dataset("wds/x", tmp_path, "val-{0000..0001}.tar")) == expected
-    assert build_dataset("wds/x", tmp_path, "val").classes == ["0", "1", "2"]  # nothing names them
+    assert read(build_dataset(DataSource("wds/", tmp_path), "val")) == expected
+    assert read(build_dataset(DataSource("wds/x", tmp_path), "val-{0000..0001}.tar")) == expected
+    nameless = build_dataset(DataSource("wds/x", tmp_path), "val")
+    assert nameless.classes == ["0", "1", "2"]
     write_info(tmp_path, {"val": (files[1:], [18])})
-    assert read(build_dataset("wds/x", tmp_path, "val")) == expected[5:]
+    assert read(build_dataset(DataSource("wds/x", tmp_path), "val")) == expected[5:]
     with pytest.raises(FileNotFoundError, match="no shards of train: split train not found"):
-        build_dataset("wds/x", tmp_path, "train")
+        build_dataset(DataSource("wds/x", tmp_path), "train")
 
 
 def test_labels_in_json_and_left_out_samples(numbered: Path, tmp_path: Path) -> None:
@@ -573,18 +586,18 @@ def test_labels_in_json_and_left_out_samples(numbered: Path, tmp_path: Path) -> 
     folder.samples = [(path, label if i != 4 else -1) for i, (path, label) in enumerate(folder.samples)]
     files = write_shards(tmp_path, "val", folder, [23], key="species")
     write_info(tmp_path, {"val": (files, [23])}, key="species")
-    assert read(build_dataset("wds/x", tmp_path, "val")) == expected[:4] + expected[5:]
+    assert read(build_dataset(DataSource("wds/x", tmp_path), "val")) == expected[:4] + expected[5:]
 
 
 def test_numbers_without_names_stand_for_those_of_the_model(numbered: Path, tmp_path: Path) -> None:
     write_shards(tmp_path, "val", Folder(numbered / "val"), [23])
-    data = build_dataset("wds/x", tmp_path, "val", classes=["p", "q", "r", "s"])
+    data = build_dataset(DataSource("wds/x", tmp_path), "val", classes=["p", "q", "r", "s"])
     assert data.classes == ["p", "q", "r", "s"] and {label for _, label in data} == {0, 1, 2}
     with pytest.raises(ValueError, match="3 classes, but the model 2"):
-        build_dataset("wds/x", tmp_path, "val", classes=["p", "q"])
+        build_dataset(DataSource("wds/x", tmp_path), "val", classes=["p", "q"])
     (tmp_path / "classes.txt").write_text("p\nq\n")
     with pytest.raises(ValueError, match="classes.txt has 2 classes, and there is a label 2"):
-        build_dataset("wds/x", tmp_path, "val")
+        build_dataset(DataSource("wds/x", tmp_path), "val")
 
 
 def test_places_are_looked_up_once_for_the_same_files(
@@ -594,12 +607,12 @@ def test_places_are_looked_up_once_for_the_same_files(
     scan = archives.scan
     monkeypatch.setattr(archives, "scan", lambda path, key: scanned.append(path) or scan(path, key))
     write_shards(tmp_path, "val", Folder(numbered / "val"), [13, 10])
-    first = read(build_dataset("wds/x", tmp_path, "val"))
-    assert len(scanned) == 2 and read(build_dataset("wds/x", tmp_path, "val")) == first
+    first = read(build_dataset(DataSource("wds/x", tmp_path), "val"))
+    assert len(scanned) == 2 and read(build_dataset(DataSource("wds/x", tmp_path), "val")) == first
     assert len(scanned) == 2
     time.sleep(0.01)  # another time of change
     write_shards(tmp_path, "val", Folder(numbered / "train"), [1, 40])
-    assert len(build_dataset("wds/x", tmp_path, "val")) == 41 and len(scanned) == 4
+    assert len(build_dataset(DataSource("wds/x", tmp_path), "val")) == 41 and len(scanned) == 4
 
 
 def test_damaged_shards(numbered: Path, tmp_path: Path) -> None:
@@ -620,16 +633,16 @@ def test_damaged_shards(numbered: Path, tmp_path: Path) -> None:
     ):
         second.write_bytes(data)
         with pytest.raises(ValueError, match=message):
-            build_dataset("wds/x", tmp_path, "val")
+            build_dataset(DataSource("wds/x", tmp_path), "val")
     second.write_bytes(whole)
     write_info(tmp_path, {"val": (files, [13, 11])})
     with pytest.raises(ValueError, match=f"{files[1]} holds 10 images and _info.json says 11"):
-        build_dataset("wds/x", tmp_path, "val")
+        build_dataset(DataSource("wds/x", tmp_path), "val")
     write_info(tmp_path, {"val": ([*files, "val-0002.tar"], [13, 10, 1])})
     with pytest.raises(FileNotFoundError, match="no shard .*val-0002.tar"):
-        build_dataset("wds/x", tmp_path, "val")
+        build_dataset(DataSource("wds/x", tmp_path), "val")
     write_info(tmp_path, {"val": (files, [13, 10])})
-    data = build_dataset("wds/x", tmp_path, "val")
+    data = build_dataset(DataSource("wds/x", tmp_path), "val")
     place = int(data.places["offset"][-1])
     second.write_bytes(whole[:place] + b"broken" + whole[place + 6 :])
     with pytest.raises(ValueError, match=r"cannot read image .*\(val\), record 22"):
@@ -649,7 +662,7 @@ def test_incomplete_sample_is_named(names: list[str], tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="val.tar: sample some/0 needs an image .* and a class number in .cls"
     ):
-        build_dataset("wds/x", tmp_path, "val")
+        build_dataset(DataSource("wds/x", tmp_path), "val")
 
 
 # Hugging Face
@@ -660,10 +673,10 @@ def tables():
     """The package, to make sets with."""
     if archives_missing():
         pytest.skip("the Hugging Face package is not installed")
-    from loading.hugging_face import hugging_face
+    from loading.hugging_face import load_hugging_face, named_datasets
 
-    with hugging_face():
-        yield sys.modules["datasets"]
+    with named_datasets(load_hugging_face()) as package:
+        yield package
 
 
 def test_parquet_folder(tables, numbered: Path, tmp_path: Path) -> None:
@@ -674,10 +687,10 @@ def test_parquet_folder(tables, numbered: Path, tmp_path: Path) -> None:
     features = tables.Features({"image": tables.Image(), "label": tables.Value("int64")})
     tables.Dataset.from_dict(columns, features).to_parquet(tmp_path / "validation.parquet")
     for data_set in ("hfds/", "hfds/parquet", f"hfds/{tmp_path}"):
-        data = build_dataset(data_set, tmp_path, "val")
+        data = build_dataset(DataSource(data_set, tmp_path), "val")
         assert read(data) == read(folder) and data.classes == ["0", "1", "2"]
     with pytest.raises(ValueError, match='Unknown split "train"'):
-        build_dataset("hfds/", tmp_path, "train")
+        build_dataset(DataSource("hfds/", tmp_path), "train")
 
 
 def test_tables_that_do_not_fit(tables, numbered: Path, tmp_path: Path) -> None:
@@ -697,7 +710,7 @@ def test_tables_that_do_not_fit(tables, numbered: Path, tmp_path: Path) -> None:
         table = tables.Dataset.from_dict(columns, tables.Features(features))
         table.to_parquet(tmp_path / name / "train.parquet")
         with pytest.raises(ValueError, match=f"{name}.*{message}"):
-            build_dataset("hfds/", tmp_path / name, "train")
+            build_dataset(DataSource("hfds/", tmp_path / name), "train")
 
 
 def test_broken_image_is_named_not_replaced_by_the_next(tables, tmp_path: Path) -> None:
@@ -707,7 +720,7 @@ def test_broken_image_is_named_not_replaced_by_the_next(tables, tmp_path: Path) 
     }
     features = tables.Features({"image": tables.Image(), "label": tables.ClassLabel(names=["a", "b"])})
     tables.Dataset.from_dict(columns, features).to_parquet(tmp_path / "train.parquet")
-    data = build_dataset("hfds/", tmp_path, "train")
+    data = build_dataset(DataSource("hfds/", tmp_path), "train")
     assert [number(data[i][0]) for i in (0, 2)] == [1, 3]
     with pytest.raises(ValueError, match=r"record 3 \(it has no image\)"):
         data[3]
@@ -715,11 +728,15 @@ def test_broken_image_is_named_not_replaced_by_the_next(tables, tmp_path: Path) 
         data[1]
 
 
-def test_the_two_modules_called_datasets_stay_apart(source: dict) -> None:
-    build_dataset(split="val", **source)[0]
+def test_the_two_modules_called_datasets_stay_apart(
+    source: DataSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = build_dataset(source, "val")
     assert sys.modules["datasets"] is datasets is __import__("datasets")
     assert Path(datasets.__file__).parent == ROOT
-    if source["data_set"].startswith("hfds"):
-        from timm.data.readers import reader_hfds
+    if source.data_set.startswith("hfds"):
+        from loading import hugging_face
 
-        assert reader_hfds.datasets is not datasets
+        assert hugging_face.load_hugging_face() is not datasets
+        monkeypatch.setattr(hugging_face, "named_datasets", lambda _: pytest.fail("swapped to read a row"))
+        assert len(list(data)) == len(data)

@@ -18,10 +18,10 @@ from test_datasets import make_inat
 
 import datasets
 import utils
-from datasets import Folder, TokenLabelled, build_dataset
+from datasets import DataSource, Folder, TokenLabelled, build_dataset
 from loading import images
 from loading.images import BadImageError, BadImages, Readable, load_image
-from loading.loaders import eval_loader
+from loading.loaders import EvalLoader, Shard
 
 NOISE = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
 
@@ -126,7 +126,7 @@ def test_evaluation_leaves_bad_images_out(workers: int, tmp_path: Path) -> None:
     data, listed = Folder(write_numbered(tmp_path / "images", size, bad), level), tmp_path / "new" / "bad.txt"
     read = []
     for rank in range(3):
-        loader = eval_loader(data, 2, workers, rank, 3, max_bad=4, bad_list=listed)
+        loader = EvalLoader(Shard(data, rank, 3, 4, listed), 2, num_workers=workers)
         for _ in range(2):  # the second time nothing is listed again
             numbers = [number for images, _ in loader for number in images.tolist()]
         assert numbers == loader.dataset.read().tolist() == [i for i in range(rank, size, 3) if i not in bad]
@@ -159,7 +159,7 @@ def test_more_than_the_limit_is_an_error(limit: int, workers: int, tmp_path: Pat
         "images cannot be read and --max-bad-images is 3; the last: .*png" if limit else "cannot read image"
     )
     for loader in (
-        eval_loader(Folder(folder, level), 2, workers, max_bad=limit),
+        EvalLoader(Shard(Folder(folder, level), max_bad=limit), 2, num_workers=workers),
         torch.utils.data.DataLoader(Readable(Folder(folder, level), limit), 2, num_workers=workers),
     ):
         with pytest.raises(BadImageError, match=words), utils.loaders_closed():
@@ -171,7 +171,7 @@ def test_a_data_set_of_bad_images_is_an_error(tmp_path: Path) -> None:
     data = Folder(write_numbered(tmp_path, 4, {0, 1, 2, 3}), level)
     with pytest.raises(BadImageError, match="none of the 4 images"):
         Readable(data, 9)[2]
-    loader = eval_loader(data, 2, 0, max_bad=9)
+    loader = EvalLoader(Shard(data, max_bad=9), 2)
     assert list(loader) == []
     with pytest.raises(BadImageError, match="none of the 4 images"):
         loader.dataset.bad.report(torch.device("cpu"))
@@ -215,17 +215,17 @@ def test_archives_know_their_bad_images(kind: str, tmp_path: Path) -> None:
     for split in ("train", "val"):
         write_numbered(tmp_path / "images" / split, 12, {4, 9})
     name, root = in_archive(kind, tmp_path / "images", tmp_path / "archive")
-    data = build_dataset(name, root, "val", level, use_lmdb=kind == "lmdb")
-    loader = eval_loader(data, 4, 0, max_bad=2, bad_list=tmp_path / "bad.txt")
-    found = [number for images, _ in loader for number in images.tolist()]
-    assert sorted(found) == [i for i in range(12) if i not in (4, 9)]
+    data = build_dataset(DataSource(name, root, use_lmdb=kind == "lmdb"), "val", level)
+    loader = EvalLoader(Shard(data, max_bad=2, bad_list=tmp_path / "bad.txt"), 4)
+    numbers = [number for images, _ in loader for number in images.tolist()]
+    assert sorted(numbers) == [i for i in range(12) if i not in (4, 9)]
     lines = (tmp_path / "bad.txt").read_text().splitlines()
     assert len(lines) == 2 and all(", record " in line for line in lines)
 
 
 def test_inaturalist_and_token_labels_know_their_bad_images(tmp_path: Path) -> None:
     make_inat(tmp_path, 2018, with_kingdom=True)
-    data = build_dataset("INAT", tmp_path, "val", level)
+    data = build_dataset(DataSource("INAT", tmp_path), "val", level)
     data.samples[1][0].write_bytes(b"")
     data.samples[2][0].unlink()  # announced and not there
     assert Readable(data, 2)[1] == data[0]
@@ -276,23 +276,23 @@ def infer(command: Command, sharp: Path, tmp_path: Path) -> Callable[..., tuple]
 
 @pytest.mark.parametrize("mode", [0, 1, 2])
 def test_accuracy_is_over_the_images_that_were_read(mode: int, infer: Callable, damaged: dict) -> None:
-    ended, found, lines = infer(damaged["damaged"], "--eval-mode", mode)
+    ended, results, lines = infer(damaged["damaged"], "--eval-mode", mode)
     assert ended.code == 0 and len(lines) == 3, ended.err
     assert ended.err.count("3 of 40 images could not be read: ") == 1
     _, expected, none = infer(damaged["cleaned"], "--eval-mode", mode)
     assert none == []
     if mode == 2:
-        found, expected = (
-            {key: r["timed"][key] for key in ("exit_shares", "accuracy")} for r in (found, expected)
+        results, expected = (
+            {key: r["timed"][key] for key in ("exit_shares", "accuracy")} for r in (results, expected)
         )
-    assert found == expected
+    assert results == expected
 
 
 def test_one_too_many_is_one_line_and_code_2(infer: Callable, damaged: dict) -> None:
     for limit, words in ((2, "--max-bad-images is 2"), (0, "cannot read image")):
-        ended, found, _ = infer(damaged["damaged"], "--eval-mode", 0, limit=limit)
+        ended, results, _ = infer(damaged["damaged"], "--eval-mode", 0, limit=limit)
         lines = [line for line in ended.err.splitlines() if "dynamic_inference.py" in line]
-        assert ended.code == 2 and found is None
+        assert ended.code == 2 and results is None
         assert len(lines) == 1 and words in lines[0] and "val/" in lines[0] and "Traceback" not in ended.err
         assert not multiprocessing.active_children()
 
@@ -324,6 +324,7 @@ def test_without_a_place_the_log_lists_them(command: Command, sharp: Path, damag
     assert "3 of 40 images could not be read\n" in ended.err
 
 
+@pytest.mark.slow
 def test_two_processes_count_together(infer: Callable, sharp: Path, damaged: dict, tmp_path: Path) -> None:
     data, target = damaged["damaged"], tmp_path / "two" / "results.json"
     flags = ["--checkpoint_path", sharp, "--data_url", data, "--num_workers", 1, "--batch_size", 8]
@@ -348,6 +349,7 @@ def test_pictures_are_of_the_others(command: Command, sharp: Path, damaged: dict
 TRAIN = "--model lf_deit_nano --epochs 2 --batch-size 32 --device cpu --model-kwargs embed_dim=32 depth=2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra", ["--num_workers 0", "--num_workers 2 --persistent-workers --prefetch-factor 1"]
 )
@@ -365,6 +367,7 @@ def test_training_goes_on_with_other_images(extra: str, command: Command, damage
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_training_is_the_same_however_it_is_loaded(command: Command, damaged: dict, tmp_path) -> None:
     """With bad images, with or without processes, and whoever normalises."""
     losses = []

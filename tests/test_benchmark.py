@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,11 +15,19 @@ from PIL import Image
 from timm.models import register_model
 from torch import Tensor
 
-from benchmarks import timing as speed
-from benchmarks.table import COLUMNS, Bench, Options, Spec, Subject, operating_points
-from benchmarks.timing import Work, exit_work, largest_batch, latencies, time_in_turn, train_work
+from benchmarks import timing
+from benchmarks.table import COLUMNS, Bench, ModelSpec, Options, TimedModel, operating_points
+from benchmarks.timing import (
+    Workload,
+    exit_workload,
+    largest_batch,
+    latencies,
+    time_in_turn,
+    time_pass,
+    training_workload,
+)
 from engine import Precision
-from models import Adaptive, AdaptiveViT, StageOutput
+from models import AdaptiveViT, StageOutput
 from models.cost import exit_gflops, token_gflops
 from models.exits import choose_exits, force_exits
 
@@ -56,7 +64,7 @@ def limited() -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds, in a list of one, that stand still unless a test moves them."""
     now = [0.0]
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     return now
 
 
@@ -94,6 +102,7 @@ def test_equal_confidences_cannot_be_forced() -> None:
         force_exits(torch.full((100, 1), 0.25), [39, 11])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, batch_size, batches",  # of 9 batches, 1.98 go on; of 3, two and one
     [("lf_deit_nano", 1, 50), ("lf_deit_nano", 7, 9), ("lf_deit_nano", 32, 9)]
@@ -103,27 +112,25 @@ def test_equal_confidences_cannot_be_forced() -> None:
 def test_early_exit_work_meets_its_shares(name: str, batch_size: int, batches: int, dtype) -> None:
     images = batches * batch_size
     model = timm.create_model(name, embed_dim=32, depth=2, num_heads=2).eval()
-    shares = operating_points(model)[-1].shares
-    work = exit_work(model, Precision(CPU, dtype), batch_size, shares)
-    assert {len(batch) for batch in work.batches} == {batch_size} and work.images() == images
-    exits = torch.cat([exits for _, exits in work.run(work.batches)])
+    shares = operating_points(model.num_exits)[-1].shares
+    workload = exit_workload(model, Precision(CPU, dtype), batch_size, shares)
+    assert {len(batch) for batch in workload.batches} == {batch_size} and workload.images() == images
+    exits = torch.cat([exits for _, exits in workload.run(workload.batches)])
     edges = [0] + [round(images * sum(shares[: k + 1])) for k in range(model.num_exits)]
     assert exits.bincount(minlength=model.num_exits).tolist() == torch.tensor(edges).diff().tolist()
-    assert len({image.numpy().tobytes() for batch in work.batches for image in batch}) == images
+    assert len({image.numpy().tobytes() for batch in workload.batches for image in batch}) == images
 
 
 def test_work_without_early_exit_runs_all_stages_on_one_batch() -> None:
     model = timm.create_model("lf_deit_nano", embed_dim=32, depth=2, num_heads=2).eval()
-    work = exit_work(model, Precision(CPU), 3, [0.0, 1.0])
-    ((_, exits),) = work.run(work.batches)
-    assert len(work.batches) == 1 and (exits == 1).all()
+    workload = exit_workload(model, Precision(CPU), 3, [0.0, 1.0])
+    ((_, exits),) = workload.run(workload.batches)
+    assert len(workload.batches) == 1 and (exits == 1).all()
 
 
 def test_operating_points_by_number_of_exits() -> None:
     def points(exits: int, share: float | None = None) -> dict:
-        model = Adaptive()
-        model.num_exits = exits
-        return {point.name: point.shares for point in operating_points(model, share)}
+        return {point.name: point.shares for point in operating_points(exits, share)}
 
     assert points(1) == {"one exit": [1.0]}
     assert points(2) == {
@@ -134,34 +141,80 @@ def test_operating_points_by_number_of_exits() -> None:
     assert points(3, 0.5)["early exit, 50 % at first exit"] == [0.5, 0.25, 0.25]
 
 
-def test_tokens_halt_at_the_depths_asked_for() -> None:
+def test_models_whose_images_differ_in_cost_are_timed_at_shares_of_it() -> None:
     torch.manual_seed(0)
-    bench = Bench(Spec.of(PLAIN), Precision(CPU), Options())
-    subject = Subject(Spec.of("avit_deit_nano:depth=12"), None, CPU)
-    names = [point.name for point in operating_points(subject.model)]
-    assert names == ["mean depth 12", "mean depth 9.5", "mean depth 7.9"]
-    for point, depth in zip(operating_points(subject.model), (12, 9.48, 7.92), strict=True):
-        (images,) = bench.work(subject, 8, point).batches
-        with torch.inference_mode():
-            assert subject.model(images)[0].info["depth"].double().mean() == pytest.approx(depth, abs=0.05)
+    bench = Bench(ModelSpec.of(PLAIN), Precision(CPU), Options())
+    timed = TimedModel(ModelSpec.of("avit_deit_nano:depth=12"), None, CPU)
+    points = operating_points(1, cost_varies=timed.cost_varies)
+    assert [point.name for point in points] == [f"{share} % of its GFLOPs" for share in (100, 78, 65)]
+    for point, share in zip(points, (1, 0.78, 0.65), strict=True):
+        workload = bench.workload(timed, 8, point)
+        assert timed.mean_gflops(workload, bench.precision) == pytest.approx(
+            share * timed.gflops[0], rel=0.005
+        )
+    assert not bench.baseline.cost_varies
 
 
 def test_samples_alternate_and_last_long_enough(clock: list[float]) -> None:
     order = ""
 
-    def work(name: str, seconds: float, batches: list[int]) -> Work:
+    def work(name: str, seconds: float, batches: list[int]) -> Workload:
         def run(batches: Iterable[Tensor]) -> None:
             nonlocal order
             for batch in batches:
                 order += name
                 clock[0] += seconds * len(batch)
 
-        return Work(run, [torch.zeros(n, 3, 2, 2) for n in batches])
+        return Workload(run, [torch.zeros(n, 3, 2, 2) for n in batches])
 
     works = [work("a", 0.5, [4]), work("b", 0.25, [1, 2])]
     rates = time_in_turn(works, CPU, repeats=3, seconds=1.6, warmup=3)
     assert order == "aaa" + "a" + "bbb" + "bb" + 3 * ("a" + "bb" * 3)
     assert rates == [[pytest.approx(2.0)] * 3, [pytest.approx(4.0)] * 3]
+
+
+@pytest.mark.parametrize("batches", [0, 3])
+def test_a_pass_tells_loading_from_the_model(batches: int, clock: list[float]) -> None:
+    class Loader:
+        def __iter__(self) -> Iterator[list[Tensor]]:
+            for _ in range(batches):
+                clock[0] += 0.5
+                yield [torch.zeros(4, 3, 2, 2), torch.arange(4)]
+
+    def run(images: Iterable[Tensor]) -> Iterator[int]:
+        for batch in images:
+            clock[0] += 0.125
+            yield len(batch)
+
+    one = time_pass(run, Loader(), CPU, warmup=2)
+    assert one.outputs == [4] * batches and len(one.targets) == batches
+    if batches:
+        assert one.rates() == (pytest.approx(4 / 0.125), pytest.approx(4 / 0.625))
+        assert (one.images, one.model, one.total) == (12, pytest.approx(0.375), pytest.approx(1.875))
+    else:
+        assert one.rates() == (0.0, 0.0)
+
+
+def test_cuda_is_timed_by_events_around_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            order.append(f"event on {stream}")
+
+        def elapsed_time(self, end: "Event") -> float:
+            assert end is not self and order[-1] == "wait"
+            return 250.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("wait"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    result, seconds = timing.timed(lambda: order.append("run"), torch.device("cuda:1"))
+    event = "event on stream of cuda:1"
+    assert result is None and seconds == 0.25 and order == ["wait", event, "run", event, "wait"]
 
 
 def test_latencies_are_of_single_calls(clock: list[float]) -> None:
@@ -171,9 +224,9 @@ def test_latencies_are_of_single_calls(clock: list[float]) -> None:
         for batch in batches:
             clock[0] += 0.5 if batch.any() else 0.125
 
-    assert latencies(Work(run, batches), CPU, calls=60, seconds=100) == pytest.approx((125, 500))
+    assert latencies(Workload(run, batches), CPU, calls=60, seconds=100) == pytest.approx((125, 500))
     assert clock[0] == 3 * (24 * 0.125 + 0.5)
-    latencies(Work(run, batches), CPU, calls=60, seconds=4)
+    latencies(Workload(run, batches), CPU, calls=60, seconds=4)
     assert clock[0] == 5 * (24 * 0.125 + 0.5)  # slow calls are fewer
 
 
@@ -244,9 +297,9 @@ def test_rows_agree_with_one_another(table: Path) -> None:
 
 def test_gflops_are_those_of_the_exits_taken(table: Path) -> None:
     rows = read(table / "speed.csv")
-    spec = Spec.of(TWO)
+    spec = ModelSpec.of(TWO)
     first, both = exit_gflops(timm.create_model(spec.name, **spec.kwargs))
-    (plain,) = exit_gflops(timm.create_model("deit_nano", **Spec.of(PLAIN).kwargs))
+    (plain,) = exit_gflops(timm.create_model("deit_nano", **ModelSpec.of(PLAIN).kwargs))
     expected = {"1": (39 * first + 11 * both) / 50, "4": (41 * first + 11 * both) / 52}
     for row in rows[:4]:
         cost = both if row["operating_point"] == "all stages" else expected[row["batch_size"]]
@@ -292,6 +345,7 @@ def test_nothing_measured_is_a_failure(command: Command, tmp_path: Path) -> None
     assert read(tmp_path / "a.csv")[0]["error"] == "seven is too much"
 
 
+@pytest.mark.slow
 def test_auto_takes_the_largest_batch_that_model_and_baseline_run(command: Command, tmp_path: Path) -> None:
     flags = ["--batch-size", "auto", "--max-batch", 96, "--csv", tmp_path / "a.csv"]
     assert command("benchmark", "--models", "limited_vit", PLAIN, *QUICK, *flags).code == 0
@@ -308,9 +362,12 @@ def test_auto_takes_the_largest_batch_that_model_and_baseline_run(command: Comma
         (["--models", "deit_nano:depth"], "deit_nano takes KEY=VALUE, not 'depth'"),
         (["--models", PLAIN, "--baseline", "no_such"], "unknown model 'no_such'"),
         (["--models", PLAIN, "--batch-size", "auto"], "--max-batch"),
-        (["--models", PLAIN, "--batch-size", "0"], "--batch-size 0: take numbers from 1 up, or auto"),
-        (["--models", PLAIN, "--repeats", "0"], "--repeats is 0"),
-        (["--models", PLAIN, "--exit-share", "1.5"], "--exit-share is 1.5"),
+        (["--models", PLAIN, "--batch-size", "0"], "--batch-size: 0: take numbers from 1 up, or auto"),
+        (["--models", PLAIN, "--repeats", "0"], "--repeats: '0' is not a whole number from 1 up"),
+        (
+            ["--models", PLAIN, "--exit-share", "1.5"],
+            "--exit-share: '1.5' is not a finite number from 0 to 1",
+        ),
         (["--models", PLAIN, "--csv", "no/such/folder.csv"], "name a file in a folder that exists"),
     ],
 )
@@ -321,20 +378,27 @@ def test_bad_input_is_one_line_before_any_timing(flags: list[str], message: str,
 
 
 def test_commas_in_brackets_belong_to_the_value() -> None:
-    spec = Spec.of("evit_deit_nano:keep_rate=0.5,drop_loc=[1,2],init=deit")
+    spec = ModelSpec.of("evit_deit_nano:keep_rate=0.5,drop_loc=[1,2],init=deit")
     assert spec.kwargs == {"keep_rate": 0.5, "drop_loc": [1, 2], "init": "deit"}
 
 
 @pytest.mark.parametrize("name", benchmark.LISTS)
 def test_lists_hold_registered_models(name: str) -> None:
-    _, specs, _ = benchmark.parse(["--list", name, "--models", PLAIN])
+    specs = benchmark.choose_models(name, [PLAIN], [])
     assert [spec.text for spec in specs] == [*benchmark.LISTS[name], PLAIN]
 
 
-def test_names_that_timm_dropped_are_left_out(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
-    monkeypatch.setitem(benchmark.LISTS, "project", ["gone_model", PLAIN])
+def test_the_project_list_holds_every_full_size_once() -> None:
+    listed = set(benchmark.LISTS["project"])
+    assert {"lf_deit_small", "evit_deit_base", "avit_deit_tiny", "dvt_t2t_vit_12", "cf_lvvit_small"} < listed
+    assert not listed & {"deit_nano", "lf_deit_nano", "deit_small_patch16_shrink_base", "DVT_T2t_vit_12"}
+    entries = [timm.models.model_entrypoint(name) for name in benchmark.LISTS["project"]]
+    assert len(entries) == len(set(entries))
+
+
+def test_names_that_timm_dropped_are_left_out(caplog) -> None:
     with caplog.at_level("INFO", logger="adaptive-vit"):
-        _, specs, _ = benchmark.parse([])
+        specs = benchmark.choose_models(None, [], ["gone_model", PLAIN])
     assert [spec.text for spec in specs] == [PLAIN] and "gone_model" in caplog.text
 
 
@@ -353,14 +417,14 @@ def test_without_fvcore_only_the_cost_is_missing(
 def test_cost_of_halted_tokens_is_saved() -> None:
     torch.manual_seed(0)
     precision = Precision(CPU, torch.bfloat16)  # in which other tokens halt than in float32
-    subject = Subject(Spec.of("avit_deit_nano:gate_center=1"), None, CPU)
-    work = exit_work(subject.model, precision, 6, [1.0])
+    timed = TimedModel(ModelSpec.of("avit_deit_nano:gate_center=1"), None, CPU)
+    workload = exit_workload(timed.model, precision, 6, [1.0])
     with torch.inference_mode(), precision.autocast():
-        tokens = subject.model(work.batches[0])[0].info["tokens"]
+        tokens = timed.model(workload.batches[0])[0].info["tokens"]
     assert (tokens[:, -1] < tokens[:, 0]).any()
-    found = subject.mean_gflops(work, precision)
-    assert found == pytest.approx(token_gflops(subject.model, tokens).mean().item())
-    assert found < subject.gflops[0]
+    mean = timed.mean_gflops(workload, precision)
+    assert mean == pytest.approx(token_gflops(timed.model, tokens).mean().item())
+    assert mean < timed.gflops[0]
 
 
 @pytest.mark.parametrize("broken", ["", "torch", PLAIN])
@@ -402,15 +466,15 @@ def test_only_test_speed_needs_no_data(command: Command, tmp_path: Path) -> None
     assert ended.code == 0, ended.err
     earlier, line = (tmp_path / "out" / "speed_macs.txt").read_text().splitlines()
     assert earlier == "an earlier line"
-    found = json.loads(line)
+    speed = json.loads(line)
     model = timm.create_model("lf_deit_nano", num_classes=7, embed_dim=32, depth=2, num_heads=2)
-    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    assert speed["parameters"] == sum(p.numel() for p in model.parameters())
     assert (
-        found["exit_gflops"] == pytest.approx(exit_gflops(model))
-        and found["gflops"] == found["exit_gflops"][1]
+        speed["exit_gflops"] == pytest.approx(exit_gflops(model))
+        and speed["gflops"] == speed["exit_gflops"][1]
     )
-    assert found["spread"][0] <= found["images_per_second"] <= found["spread"][1]
-    assert (found["batch_size"], found["dtype"], found["img_size"]) == (3, "float32", 56)
+    assert speed["spread"][0] <= speed["images_per_second"] <= speed["spread"][1]
+    assert (speed["batch_size"], speed["dtype"], speed["img_size"]) == (3, "float32", 56)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"speed_macs.txt", "train.log"}
 
 
@@ -434,17 +498,17 @@ def test_training_steps_are_timed_at_the_cost_of_all_stages(command: Command, tm
     assert ended.code == 0, ended.err
     rows = read(tmp_path / "a.csv")
     assert [row["operating_point"] for row in rows] == ["training step"] * 2
-    full = exit_gflops(Subject(Spec.of(TWO), None, CPU).model)[-1]
+    full = exit_gflops(TimedModel(ModelSpec.of(TWO), None, CPU).model)[-1]
     assert float(rows[0]["gflops"]) == pytest.approx(full)
     assert all(float(row["speedup"]) > 0 and not row["error"] for row in rows)
 
 
 def test_a_training_step_is_one_of_the_optimizer() -> None:
     torch.manual_seed(0)
-    model = Subject(Spec.of(TWO), None, CPU).model
+    model = TimedModel(ModelSpec.of(TWO), None, CPU).model
     before = {name: value.clone() for name, value in model.named_parameters()}
-    work = train_work(model, Precision(CPU), 4)
-    work.run(work.batches)
+    workload = training_workload(model, Precision(CPU), 4)
+    workload.run(workload.batches)
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     assert moved == before.keys()
     # AdamW's first step has the length of the learning rate, decay aside.

@@ -70,6 +70,7 @@ def test_a_share_out_of_range_is_refused(alpha: float) -> None:
         tiny("cf_deit_small", alpha=alpha)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, size, published",
     [

@@ -61,16 +61,15 @@ class Answers(NamedTuple):
 def answers(folder: Path, sharp: Path) -> Answers:
     checkpoint = load_checkpoint(sharp)
     model, *_ = model_from_checkpoint(checkpoint, "sharp", None, {})
-    data = datasets.build_dataset(
-        "IMNET", folder, "val", datasets.eval_transform(56, checkpoint["data_config"])
-    )
+    transform = datasets.eval_transform(56, checkpoint["data_config"])
+    data = datasets.build_dataset(datasets.DataSource("IMNET", folder), "val", transform)
     with torch.no_grad():
         outputs = model.eval()(torch.stack([image for image, _ in data]))
     logits = torch.stack([out.logits for out in outputs], dim=1)
     found = Answers(
         logits.softmax(dim=-1).amax(dim=-1),
         logits.argmax(dim=-1),
-        torch.tensor(data.targets),
+        torch.tensor([label for _, label in data.samples]),
         exit_gflops(model),
     )
     assert 5 < sum(found.exits(THRESHOLD)) < 35 and found.accuracy(0) != found.accuracy(1)  # worth testing on
@@ -184,6 +183,7 @@ def test_evaluation_repeats_the_log(command: Command, folder: Path, trained: Pat
     assert printed == {key: f"{value:.3f}" for key, value in entry.items() if key.startswith("test_")}
 
 
+@pytest.mark.slow
 def test_evaluation_prepares_images_as_training_did(command: Command, folder: Path, tmp_path: Path) -> None:
     shared = [*TRAIN, "--data-path", folder, "--epochs", 1]
     assert command("main_deit", *shared, "--crop-pct", 0.5, "--output_dir", tmp_path).code == 0
@@ -191,6 +191,7 @@ def test_evaluation_prepares_images_as_training_did(command: Command, folder: Pa
     assert f"test_exit0_loss {log_of(tmp_path)[0]['test_exit0_loss']:.3f}" in printed
 
 
+@pytest.mark.slow
 def test_a_small_folder_trains_in_smaller_batches(command: Command, folder: Path, tmp_path: Path) -> None:
     arguments = ["--data-path", folder, "--output_dir", tmp_path, "--epochs", 1, "--batch-size", 66]
     ended = command("main_deit", *TRAIN, *arguments)
@@ -215,6 +216,7 @@ def test_released_lv_weights_get_their_own_crop() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--channels-last"], ["--accumulate", "2"]])
 def test_other_precision_and_layout_train(
     command: Command, folder: Path, tmp_path: Path, flags: list
@@ -224,6 +226,7 @@ def test_other_precision_and_layout_train(
     assert 1 < log_of(tmp_path)[0]["train_loss"] < 3
 
 
+@pytest.mark.slow
 def test_any_model_of_timm_can_be_the_baseline(
     command: Command, folder: Path, sharp: Path, tmp_path: Path
 ) -> None:
@@ -254,6 +257,7 @@ def test_fewer_folders_than_classes_are_not_guessed(
     )
 
 
+@pytest.mark.slow
 def test_a_longer_run_takes_the_longer_schedule(
     command: Command, folder: Path, trained: Path, tmp_path: Path
 ) -> None:
@@ -280,6 +284,7 @@ def test_training_goes_on_for_another_epoch(
     assert not same(before["model"], after["model"]) and not same(before["model_ema"], after["model_ema"])
 
 
+@pytest.mark.slow
 def test_interrupted_run_ends_like_an_uninterrupted_one(
     command: Command, folder: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,6 +308,7 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(
     assert log_of(tmp_path / "run") == log_of(trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repeats", ["--repeated-aug", "--no-repeated-aug"])
 def test_every_epoch_has_its_own_order(
     repeats: str, command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -328,6 +334,7 @@ def test_finished_run_is_left_alone(command: Command, folder: Path, trained: Pat
     assert (output / "checkpoint.pth").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_finetuning_starts_from_the_given_weights(
     command: Command, folder: Path, sharp: Path, tmp_path: Path
 ) -> None:
@@ -351,6 +358,7 @@ STORED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [0, 1, 2])
 def test_exact_command_prints_and_stores(
     mode: int, command: Command, folder: Path, checkpoint: Path, answers: Answers
@@ -527,6 +535,7 @@ def test_budget_from_another_split(
     assert [row[:2] for row in rows[1:]] == [["calibration", "64"], ["test", "40"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["geometric", "joint"])
 def test_solved_thresholds_are_stored_and_used_again(
     solver: str, command: Command, folder: Path, checkpoint: Path, answers: Answers
@@ -607,6 +616,7 @@ def test_prediction_of_one_image_into_a_file(
 # Pictures
 
 
+@pytest.mark.slow
 def test_exact_command_draws_pictures(
     folder: Path, checkpoint: Path, answers: Answers, tmp_path: Path
 ) -> None:
@@ -814,6 +824,7 @@ def test_device_that_is_not_there(name: str, command: Command, folder: Path, sha
     check_error(name, command(name, *argv), "--device cpu")
 
 
+@pytest.mark.slow
 def test_error_of_a_loading_process_in_a_shell(bad: Path, tmp_path: Path) -> None:
     arguments = f"{NANO} --data-path {bad}/broken_train --batch-size 32 --num_workers 2 --no-repeated-aug"
     ended = run("main_deit.py", *arguments.split(), "--output_dir", tmp_path / "output", "--device", "cpu")

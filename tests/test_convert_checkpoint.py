@@ -62,6 +62,7 @@ def convert(command: Command, monkeypatch: pytest.MonkeyPatch):
     return lambda *argv: command("convert_checkpoint", *argv)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [".pth", ".safetensors"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_converted_and_read_without_further_flags(

@@ -56,6 +56,7 @@ def test_matrix_products_equal_pytorchs_counter(kwargs: dict) -> None:
         assert counter.get_total_flops() == 2 * expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kwargs, published",
     [

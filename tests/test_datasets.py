@@ -10,8 +10,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import datasets
-from datasets import DATA_CONFIG, Files, Folder, build_dataset
-from loading.loaders import Shard, eval_loader, train_loader
+from datasets import DATA_CONFIG, DataSource, Files, Folder, build_dataset
+from loading.loaders import EvalLoader, Shard, train_loader
 
 
 def make_images(root: Path, *names: str) -> Path:
@@ -20,6 +20,10 @@ def make_images(root: Path, *names: str) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(root / name)
     return root
+
+
+def labels(data: Folder) -> list[int]:
+    return [label for _, label in data.samples]
 
 
 def seen(loader: DataLoader) -> list[int]:
@@ -31,7 +35,7 @@ def seen(loader: DataLoader) -> list[int]:
 
 def test_folder_numbers_classes_by_sorted_name(tmp_path: Path) -> None:
     make_images(tmp_path, "train/pear/0.png", "train/apple/1.jpg", "train/fig/2.JPEG")
-    train = build_dataset("IMNET", tmp_path, "train")
+    train = build_dataset(DataSource("IMNET", tmp_path), "train")
     assert train.classes == ["apple", "fig", "pear"]
     assert [(Path(path).name, label) for path, label in train.samples] == [
         ("1.jpg", 0),
@@ -42,33 +46,35 @@ def test_folder_numbers_classes_by_sorted_name(tmp_path: Path) -> None:
 
 def test_split_without_a_class_keeps_the_numbers(tmp_path: Path) -> None:
     make_images(tmp_path, "train/a/0.png", "train/b/0.png", "train/c/0.png", "val/c/0.png", "val/a/0.png")
-    train = build_dataset("IMNET", tmp_path, "train")
-    val = build_dataset("IMNET", tmp_path, "val", classes=train.classes)
-    assert val.targets == [0, 2]
+    train = build_dataset(DataSource("IMNET", tmp_path), "train")
+    val = build_dataset(DataSource("IMNET", tmp_path), "val", classes=train.classes)
+    assert labels(val) == [0, 2]
     assert val.classes == train.classes
-    assert build_dataset("IMNET", tmp_path, "val").targets == [0, 1]  # nothing given: numbered by itself
+    alone = build_dataset(DataSource("IMNET", tmp_path), "val")
+    assert labels(alone) == [0, 1]  # nothing given: numbered by itself
 
 
 def test_given_order_of_classes_holds(tmp_path: Path) -> None:
     make_images(tmp_path, "val/a/0.png", "val/b/0.png")
-    assert build_dataset("IMNET", tmp_path, "val", classes=["b", "x", "a"]).targets == [2, 0]
+    val = build_dataset(DataSource("IMNET", tmp_path), "val", classes=["b", "x", "a"])
+    assert labels(val) == [2, 0]
 
 
 def test_unknown_class_folder(tmp_path: Path) -> None:
     make_images(tmp_path, "val/a/0.png", "val/kiwi/0.png")
     with pytest.raises(ValueError, match="kiwi"):
-        build_dataset("IMNET", tmp_path, "val", classes=["a", "b"])
+        build_dataset(DataSource("IMNET", tmp_path), "val", classes=["a", "b"])
 
 
 def test_missing_val_is_found_under_its_other_names(tmp_path: Path) -> None:
     make_images(tmp_path, "test/a/0.png")
-    assert len(build_dataset("IMNET", tmp_path, "val")) == 1
+    assert len(build_dataset(DataSource("IMNET", tmp_path), "val")) == 1
     make_images(tmp_path, "validation/a/0.png", "validation/a/1.png")
-    assert len(build_dataset("IMNET", tmp_path, "val")) == 2
+    assert len(build_dataset(DataSource("IMNET", tmp_path), "val")) == 2
     make_images(tmp_path, "val/a/0.png", "val/a/1.png", "val/a/2.png")
-    assert len(build_dataset("IMNET", tmp_path, "val")) == 3
+    assert len(build_dataset(DataSource("IMNET", tmp_path), "val")) == 3
     with pytest.raises(FileNotFoundError, match="train"):
-        build_dataset("IMNET", tmp_path, "train")
+        build_dataset(DataSource("IMNET", tmp_path), "train")
 
 
 @pytest.mark.parametrize("inside", ["", "a", "a/notes.txt"])
@@ -80,7 +86,7 @@ def test_folder_without_images(inside: str, tmp_path: Path) -> None:
     else:
         path.mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="val"):
-        build_dataset("IMNET", tmp_path, "val")
+        build_dataset(DataSource("IMNET", tmp_path), "val")
 
 
 def test_unreadable_image_is_named(tmp_path: Path) -> None:
@@ -96,13 +102,13 @@ def test_unreadable_image_is_named(tmp_path: Path) -> None:
 
 def test_unknown_data_set() -> None:
     with pytest.raises(ValueError, match="MNIST"):
-        build_dataset("MNIST", ".", "train")
+        build_dataset(DataSource("MNIST", "."), "train")
 
 
 @pytest.mark.parametrize("name", ["CIFAR", "CIFAR10", "CIFAR100"])
 def test_cifar_that_is_not_there(name: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
-        build_dataset(name, tmp_path, "train")
+        build_dataset(DataSource(name, tmp_path), "train")
 
 
 # iNaturalist
@@ -135,7 +141,7 @@ def test_inaturalist_classes_follow_the_training_annotations(
     name: str, year: int, with_kingdom: bool, tmp_path: Path
 ) -> None:
     make_inat(tmp_path, year, with_kingdom)
-    train, val = (build_dataset(name, tmp_path, split) for split in ("train", "val"))
+    train, val = (build_dataset(DataSource(name, tmp_path), split) for split in ("train", "val"))
     assert train.classes == val.classes == ["wolf", "rose", "dog rose"]
     assert [train[i][1] for i in range(len(train))] == [0, 1, 0, 2]
     assert [val[i][1] for i in range(len(val))] == [2, 0, 1]
@@ -149,7 +155,7 @@ def test_inaturalist_classes_follow_the_training_annotations(
 )
 def test_inaturalist_levels(category: str, classes: list[str], labels: list[int], tmp_path: Path) -> None:
     make_inat(tmp_path, 2018, with_kingdom=True)
-    val = build_dataset("INAT", tmp_path, "val", category=category)
+    val = build_dataset(DataSource("INAT", tmp_path, category), "val")
     assert val.classes == classes
     assert [label for _, label in val.samples] == labels
 
@@ -157,38 +163,40 @@ def test_inaturalist_levels(category: str, classes: list[str], labels: list[int]
 def test_inaturalist_that_is_not_there(tmp_path: Path) -> None:
     make_inat(tmp_path, 2018, with_kingdom=True)
     with pytest.raises(FileNotFoundError, match="train2019.json"):
-        build_dataset("INAT19", tmp_path, "train")
+        build_dataset(DataSource("INAT19", tmp_path), "train")
     (tmp_path / "categories.json").unlink()
     with pytest.raises(FileNotFoundError, match="categories.json"):
-        build_dataset("INAT", tmp_path, "val")
+        build_dataset(DataSource("INAT", tmp_path), "val")
 
 
 # Loaders
 
 
-@pytest.mark.parametrize(("size", "world"), [(7, 1), (7, 2), (10, 3), (13, 4), (2, 5), (0, 2)])
-def test_shards_cover_every_index_once(size: int, world: int) -> None:
-    shards = [Shard(list(range(size)), rank, world) for rank in range(world)]
+@pytest.mark.parametrize(("size", "world_size"), [(7, 1), (7, 2), (10, 3), (13, 4), (2, 5), (0, 2)])
+def test_shards_cover_every_index_once(size: int, world_size: int) -> None:
+    shards = [Shard(list(range(size)), rank, world_size) for rank in range(world_size)]
     assert sorted(value for shard in shards for value in shard) == list(range(size))
-    assert [shard.total for shard in shards] == [size] * world
+    assert [shard.total for shard in shards] == [size] * world_size
     together = [None] * size
     for rank, shard in enumerate(shards):
-        together[rank::world] = list(shard)  # how predictions are put together again
+        together[rank::world_size] = list(shard)  # how predictions are put together again
     assert together == list(range(size))
 
 
 def test_evaluation_keeps_order_and_last_batch() -> None:
-    loader = eval_loader(list(range(7)), 3, workers=0)
+    loader = EvalLoader(Shard(list(range(7))), 3)
     assert [batch.tolist() for batch in loader] == [[0, 1, 2], [3, 4, 5], [6]]
-    assert seen(eval_loader(list(range(7)), 3, workers=0, rank=1, world=3)) == [1, 4]
-    assert seen(eval_loader(list(range(2)), 3, workers=0, rank=4, world=5)) == []
+    assert seen(EvalLoader(Shard(list(range(7)), 1, 3), 3)) == [1, 4]
+    assert seen(EvalLoader(Shard(list(range(2)), 4, 5), 3)) == []
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_training_sees_every_image_once_in_a_new_order_each_epoch(world: int) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_training_sees_every_image_once_in_a_new_order_each_epoch(world_size: int) -> None:
     orders = []
     for epoch in range(2):
-        loaders = [train_loader(list(range(12)), 2, 0, rank=rank, world=world) for rank in range(world)]
+        loaders = [
+            train_loader(list(range(12)), 2, rank=rank, world_size=world_size) for rank in range(world_size)
+        ]
         for loader in loaders:
             loader.sampler.set_epoch(epoch)
         orders.append([seen(loader) for loader in loaders])
@@ -198,7 +206,7 @@ def test_training_sees_every_image_once_in_a_new_order_each_epoch(world: int) ->
 
 @pytest.mark.parametrize("size", [12, 100, 300])
 def test_repeats_give_every_process_a_copy(size: int) -> None:
-    loaders = [train_loader(list(range(size)), 1, 0, repeats=3, rank=r, world=3) for r in range(3)]
+    loaders = [train_loader(list(range(size)), 1, repeats=3, rank=r, world_size=3) for r in range(3)]
     parts = [seen(loader) for loader in loaders]
     assert parts[0] == parts[1] == parts[2]  # three processes, three copies: the same images at one time
     assert len(set(parts[0])) == len(parts[0])  # and no process sees an image twice
@@ -207,7 +215,7 @@ def test_repeats_give_every_process_a_copy(size: int) -> None:
 
 
 def test_repeats_on_two_processes_split_the_copies() -> None:
-    parts = [Counter(seen(train_loader(list(range(20)), 1, 0, repeats=3, rank=r, world=2))) for r in (0, 1)]
+    parts = [Counter(seen(train_loader(list(range(20)), 1, repeats=3, rank=r, world_size=2))) for r in (0, 1)]
     assert sum(parts[0].values()) == sum(parts[1].values()) == 10
     whole = [image for image, count in (parts[0] + parts[1]).items() if count == 3]
     assert len(whole) == 6  # 20 samples are six images three times and one twice
@@ -215,19 +223,19 @@ def test_repeats_on_two_processes_split_the_copies() -> None:
 
 
 def test_repeats_on_one_process_keep_the_epoch_length() -> None:
-    counts = Counter(seen(train_loader(list(range(30)), 1, 0, repeats=3)))
+    counts = Counter(seen(train_loader(list(range(30)), 1, repeats=3)))
     assert sorted(counts.values()) == [3] * 10
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_training_set_smaller_than_a_batch(repeats: int) -> None:
-    for count, world, sizes in ((9, 1, [8]), (16, 2, [8]), (10, 1, [10]), (1, 1, [1])):
-        loader = train_loader(list(range(count)), 10, 0, repeats=repeats, world=world)
+    for count, world_size, sizes in ((9, 1, [8]), (16, 2, [8]), (10, 1, [10]), (1, 1, [1])):
+        loader = train_loader(list(range(count)), 10, repeats=repeats, world_size=world_size)
         assert [len(batch) for batch in loader] == sizes
 
 
 def test_last_training_batch_is_full() -> None:
-    assert [len(batch) for batch in train_loader(list(range(11)), 4, 0)] == [4, 4]
+    assert [len(batch) for batch in train_loader(list(range(11)), 4)] == [4, 4]
 
 
 # Unlabelled pictures
@@ -252,7 +260,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("crop_pct", [0.875, 1.0])
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (160, 160), (57, 301)])
 def test_box_is_mapped_back_to_the_picture(size: tuple[int, int], crop_pct: float, tmp_path: Path) -> None:
-    """A white rectangle, found in the model's input, comes back to where it was painted."""
+    """A white rectangle, located in the model input, comes back to where it was painted."""
     width, height = size
     centre, half = (width // 2 + 5, height // 2 - 7), min(size) // 5
     painted = [centre[0] - half, centre[1] - half // 2, centre[0] + half, centre[1] + half // 2]
@@ -264,8 +272,8 @@ def test_box_is_mapped_back_to_the_picture(size: tuple[int, int], crop_pct: floa
     image, index = files[0]
     assert image.shape == (3, 112, 112)
     rows, columns = (np.flatnonzero((image[0] > 0.5).any(dim=axis).numpy()) for axis in (1, 0))
-    found = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
-    back = files.in_original(index, [int(value) for value in found], 112, config)
+    box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+    back = files.in_original(index, [int(value) for value in box], 112, config)
     assert np.abs(np.array(back) - painted).max() <= 2
 
 

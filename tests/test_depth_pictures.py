@@ -21,15 +21,18 @@ from inference.pictures import (
     BAR,
     GAP,
     HEAD,
+    Explanation,
+    contact_sheet,
     depth_map,
+    draw,
     draw_classes,
     explain,
     headline,
+    mask,
     most_varied,
-    picture,
 )
 from loading import loaders
-from models import Adaptive, StageOutput
+from models import Adaptive, Picture, StageOutput
 from models.weights import published_name
 
 PLAIN = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
@@ -38,18 +41,19 @@ PLAIN = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
 class Scripted(Adaptive):
     """Says that a patch went through as many blocks as its first red value times L."""
 
-    def __init__(self, patch_size: int, blocks: int, prefix: int = 1):
+    def __init__(self, patch_size: int, blocks: int):
         super().__init__()
-        self.patch_size, self.blocks, self.prefix = patch_size, blocks, prefix
+        self.patch_size, self.blocks = patch_size, blocks
         self.unused = torch.nn.Parameter(torch.zeros(1))
 
     def stage(self, k: int, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:
         red = images[:, 0, :: self.patch_size, :: self.patch_size].flatten(1)  # [B,P]
         depth = (red * self.blocks).round().long()
-        depth = torch.cat([depth.new_full((len(depth), self.prefix), self.blocks), depth], dim=1)
-        tokens = (depth[..., None] > torch.arange(self.blocks)).sum(dim=1)
         logits = torch.tensor([0.0, math.log(3)]).expand(len(images), -1)
-        return StageOutput(logits, {"depth": depth, "tokens": tokens, "rho": depth.float()})
+        return StageOutput(logits, {"depth": depth})
+
+    def picture(self, info: dict[str, Tensor]) -> Picture:
+        return Picture(depth=info["depth"], blocks=self.blocks)
 
 
 def painted(depth: np.ndarray, blocks: int, patch_size: int) -> Tensor:
@@ -64,46 +68,49 @@ def some_depths(grid: int, low: int, high: int, seed: int = 0) -> np.ndarray:
     return depths
 
 
-def explained(depth: np.ndarray, blocks: int, patch_size: int, prefix: int = 1):
+def explained(depth: np.ndarray, blocks: int, patch_size: int) -> Explanation:
     data = TensorDataset(painted(depth, blocks, patch_size)[None], torch.tensor([0]))
-    (item,) = explain(Scripted(patch_size, blocks, prefix), data, [0], PLAIN, [])
+    (item,) = explain(Scripted(patch_size, blocks), data, [0], PLAIN, [])
     return item
 
 
-def centres(panel: Image.Image, side: int, grid: int) -> np.ndarray:
+def pixels(picture: Tensor) -> np.ndarray:
+    """A picture as [height,width,3]."""
+    return picture.movedim(0, -1).numpy()
+
+
+def centres(panel: np.ndarray, side: int, grid: int) -> np.ndarray:
     """Colours [g,g,3] in the middle of the cells of a map `side` pixels wide."""
     middle = ((np.arange(grid) + 0.5) * side / grid).astype(int)
-    return np.asarray(panel)[middle[:, None], middle]
+    return panel[middle[:, None], middle]
 
 
 def colours(depth: np.ndarray, blocks: int) -> np.ndarray:
     return np.round(255 * colormaps["hot"]((depth - 1) / (blocks - 1))[..., :3])
 
 
-@pytest.mark.parametrize("grid, patch_size, blocks, prefix", [(4, 14, 6, 1), (14, 16, 12, 1), (3, 100, 4, 2)])
-def test_every_patch_has_its_depth_in_its_place(grid: int, patch_size: int, blocks: int, prefix: int) -> None:
+@pytest.mark.parametrize("grid, patch_size, blocks", [(4, 14, 6), (14, 16, 12), (3, 100, 4)])
+def test_every_patch_has_its_depth_in_its_place(grid: int, patch_size: int, blocks: int) -> None:
     depth = some_depths(grid, 1, blocks)
-    item = explained(depth, blocks, patch_size, prefix)
+    item = explained(depth, blocks, patch_size)
     assert np.array_equal(item.depth, depth) and item.blocks == blocks
-    image, size = picture(item, ("full",)), grid * patch_size
+    image, size = pixels(draw(item, ("full",))), grid * patch_size
     side = size * max(1, 224 // size)
-    left = image.crop((0, HEAD, side, HEAD + side))
-    field = image.crop((side + GAP, HEAD, 2 * side + GAP, HEAD + side))
+    field = image[HEAD:, side + GAP : 2 * side + GAP]
     np.testing.assert_allclose(centres(field, side, grid), colours(depth, blocks), atol=1)
     brightness = np.round(255 * depth / blocks)[..., None].repeat(3, -1)
-    assert np.array_equal(centres(left, side, grid), brightness)
-    assert image.height == HEAD + side
-    assert 2 * side + 2 * GAP + BAR < image.width < 2 * side + 3 * GAP + BAR + 20
+    assert np.array_equal(centres(image[HEAD:, :side], side, grid), brightness)
+    assert image.shape == (HEAD + side, 2 * side + 2 * GAP + BAR, 3)
 
 
 def test_the_colour_scale_does_not_follow_the_depths_of_a_picture() -> None:
     shallow, deep = some_depths(8, 2, 4, seed=1), some_depths(8, 4, 12, seed=2)
-    maps = [depth_map(depth, 12, 224) for depth in (shallow, deep)]
-    seen = [centres(one, 224, 8)[depth == 4] for one, depth in zip(maps, (shallow, deep), strict=True)]
-    assert (seen[0] == seen[0][0]).all() and (seen[1] == seen[0][0]).all()
-    bars = [np.asarray(one)[:, 224 + GAP :] for one in maps]
+    maps = [pixels(depth_map(torch.from_numpy(depth), 12, 224)) for depth in (shallow, deep)]
+    fours = [centres(one, 224, 8)[depth == 4] for one, depth in zip(maps, (shallow, deep), strict=True)]
+    assert (fours[0] == fours[0][0]).all() and (fours[1] == fours[0][0]).all()
+    bars = [one[:, 224 + GAP :] for one in maps]
     assert np.array_equal(*bars)
-    steps = bars[0][np.arange(12) * 224 // 12 + 9, BAR // 2]  # from the deepest down
+    steps = bars[0][np.arange(12) * 224 // 12 + 9, BAR // 6]  # from the deepest down
     np.testing.assert_allclose(steps, colours(np.arange(12, 0, -1), 12), atol=1)
     assert (np.diff(steps.astype(int).sum(axis=-1)) < 0).all() and steps[0].tolist() == [255, 255, 255]
 
@@ -116,7 +123,37 @@ def test_headline_tells_class_confidence_and_mean_depth() -> None:
 
 
 def test_one_block_has_a_picture() -> None:
-    assert picture(explained(np.ones((2, 2), int), 1, 8), ("full",)).height == HEAD + 224
+    assert draw(explained(np.ones((2, 2), int), 1, 8), ("full",)).shape[1] == HEAD + 224
+
+
+def test_patches_that_left_are_faded_and_missing_drops_leave_their_place() -> None:
+    kept = [mask(torch.tensor([[0, 3, -1]]), 2)[0], mask(torch.tensor([[3, -1]]), 2)[0]]
+    assert [m.flatten().tolist() for m in kept] == [[True, False, False, True], [False, False, False, True]]
+    item = explained(np.array([[1, 2], [3, 4]]), 4, 112)._replace(depth=None, kept=kept)
+    image = pixels(draw(item, ("full",), drops=3))
+    assert image.shape == (HEAD + 224, 4 * 224 + 3 * GAP, 3)
+    panels = [image[HEAD:, at * (224 + GAP) :][:, :224] for at in range(4)]
+    for panel, staying in zip(panels[1:3], kept, strict=True):
+        shown, faded = centres(panel, 224, 2)[staying], centres(panel, 224, 2)[~staying]
+        assert np.array_equal(shown, centres(panels[0], 224, 2)[staying])
+        np.testing.assert_allclose(faded, 0.3 * centres(panels[0], 224, 2)[~staying] + 0.7 * 255, atol=1)
+    assert (panels[3] == 235).all()
+
+
+def test_the_region_is_framed() -> None:
+    item = explained(np.ones((2, 2), int), 4, 28)._replace(depth=None, region=torch.tensor([0, 28, 28, 56]))
+    image = pixels(draw(item, ("full",)))[HEAD:]  # enlarged four times
+    framed = (image == (255, 210, 0)).all(axis=-1)
+    rows, columns = np.nonzero(framed)
+    assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == (0, 112, 112, 224)
+    assert framed.sum() == 112**2 - 106**2
+
+
+def test_one_picture_is_its_own_sheet() -> None:
+    picture = draw(explained(np.ones((2, 2), int), 4, 28), ("full",))
+    assert torch.equal(contact_sheet([picture]), picture)
+    height, width = picture.shape[1:]
+    assert contact_sheet([picture] * 3).shape == (3, 2 * height + 12, 2 * width + 12)
 
 
 @pytest.fixture(scope="module")
@@ -132,26 +169,27 @@ def drawn_set() -> tuple[list[np.ndarray], list[int]]:
 def test_the_image_of_a_class_is_the_most_varied_of_all(drawn_set: tuple, batch_size: int) -> None:
     depths, labels = drawn_set
     data = TensorDataset(torch.stack([painted(depth, 12, 4) for depth in depths]), torch.tensor(labels))
-    items = most_varied(Scripted(4, 12), loaders.eval_loader(data, batch_size, 0), PLAIN, [])
+    items = most_varied(Scripted(4, 12), loaders.EvalLoader(loaders.Shard(data), batch_size), PLAIN, [])
     assert [item.label for item in items] == [0, 1, 2]
     for item in items:
         own = [depth for depth, label in zip(depths, labels, strict=True) if label == item.label]
         assert np.array_equal(item.depth, max(own, key=lambda depth: depth.std()))
-        assert np.array_equal(item.image[::4, ::4, 0], np.round(255 * item.depth / 12))
-        assert item.image.base is None  # or the batch it came in would stay
+        assert np.array_equal(item.image[0, ::4, ::4], np.round(255 * item.depth / 12))
+        for part in (item.image, item.depth):  # or the batch it came in would stay
+            assert part.untyped_storage().nbytes() == part.nbytes
 
 
 def test_of_equal_images_the_first_is_taken() -> None:
     depth = some_depths(4, 1, 6)
     images = torch.stack([painted(one, 6, 4) for one in (depth, 7 - depth)])
     data = TensorDataset(images, torch.tensor([5, 5]))
-    (item,) = most_varied(Scripted(4, 6), loaders.eval_loader(data, 2, 0), PLAIN, [])
+    (item,) = most_varied(Scripted(4, 6), loaders.EvalLoader(loaders.Shard(data), 2), PLAIN, [])
     assert np.array_equal(item.depth, depth)
 
 
 def test_many_classes_make_a_sheet_about_square(tmp_path: Path) -> None:
     images = torch.stack([painted(some_depths(2, 1, 4, seed), 4, 112) for seed in range(16)])
-    loader = loaders.eval_loader(TensorDataset(images, torch.arange(16)), 16, 0)
+    loader = loaders.EvalLoader(loaders.Shard(TensorDataset(images, torch.arange(16))), 16)
     draw_classes(Scripted(112, 4), loader, PLAIN, [], tmp_path, [f"number {c}" for c in range(16)])
     with (
         Image.open(tmp_path / "contact_sheet.png") as page,
@@ -187,38 +225,40 @@ def expected(folder: Path, halting: Path) -> dict[int, tuple[np.ndarray, np.ndar
     saved = load_checkpoint(halting)
     model = timm.create_model(saved["model_name"], **saved["model_kwargs"])
     model.load_state_dict(saved["model"])
-    data = datasets.build_dataset("IMNET", folder, "val", datasets.eval_transform(56, datasets.DATA_CONFIG))
+    data = datasets.build_dataset(
+        datasets.DataSource("IMNET", folder), "val", datasets.eval_transform(56, datasets.DATA_CONFIG)
+    )
     images, labels = (
         torch.stack(column) for column in zip(*((x, torch.tensor(y)) for x, y in data), strict=True)
     )
     depth = model.train()(images)[0].info["depth"][:, 1:].double()
     assert len(depth.unique()) == 4  # all that there are
-    spread, found = depth.std(dim=1, correction=0), {}
+    spread, chosen = depth.std(dim=1, correction=0), {}
     for c in range(4):
         row = torch.where(labels == c, spread, -1.0).argmax()
-        pixels = images[row].movedim(0, -1) * torch.tensor(datasets.DATA_CONFIG["std"])
-        pixels = 255 * (pixels + torch.tensor(datasets.DATA_CONFIG["mean"]))
-        found[c] = pixels.round().byte().numpy(), depth[row].long().view(14, 14).numpy()
-    return found
+        image = images[row].movedim(0, -1) * torch.tensor(datasets.DATA_CONFIG["std"])
+        image = 255 * (image + torch.tensor(datasets.DATA_CONFIG["mean"]))
+        chosen[c] = image.round().byte().numpy(), depth[row].long().view(14, 14).numpy()
+    return chosen
 
 
 def check_pictures(output: Path, expected: dict[int, tuple[np.ndarray, np.ndarray]]) -> None:
     """The folder holds the pictures by class and nothing else, each of the expected image."""
     names = {f"class{c}_{what}.png" for c in expected for what in ("ref", "token_depth", "combined")}
     assert {path.name for path in output.iterdir()} == names | {"contact_sheet.png"}
-    for c, (pixels, depth) in expected.items():
-        found = {}
+    for c, (image, depth) in expected.items():
+        drawn = {}
         for what in ("ref", "token_depth", "combined"):
-            with Image.open(output / f"class{c}_{what}.png") as image:
-                found[what] = np.asarray(image)
-        assert np.array_equal(found["ref"], pixels.repeat(4, 0).repeat(4, 1))
+            with Image.open(output / f"class{c}_{what}.png") as file:
+                drawn[what] = np.asarray(file)
+        assert np.array_equal(drawn["ref"], image.repeat(4, 0).repeat(4, 1))
         np.testing.assert_allclose(
-            centres(found["token_depth"], 224, 14), colours(depth, 4), atol=1, err_msg=f"class {c}"
+            centres(drawn["token_depth"], 224, 14), colours(depth, 4), atol=1, err_msg=f"class {c}"
         )
-        both = np.full((224, GAP, 3), 255, np.uint8)
-        both = np.concatenate([found["ref"], both, found["token_depth"]], axis=1)
-        assert np.array_equal(found["combined"][HEAD:], both)
-        assert (found["combined"][:HEAD] != 255).any()
+        gap = np.full((224, GAP, 3), 255, np.uint8)
+        both = np.concatenate([drawn["ref"], gap, drawn["token_depth"]], axis=1)
+        assert np.array_equal(drawn["combined"][HEAD:], both)
+        assert (drawn["combined"][:HEAD] != 255).any()
 
 
 def test_per_class_draws_the_most_varied_image(

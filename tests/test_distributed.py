@@ -13,6 +13,8 @@ from cases import Command, run
 
 from checkpointing.format import load_checkpoint
 
+pytestmark = pytest.mark.slow
+
 # Nothing random, so that the images of a step are the same however many processes share them.
 TRAIN = (
     "--model lf_deit_nano --epochs 2 --device cpu --num_workers 0 --picture-freq 0 --no-aug --no-repeated-aug"

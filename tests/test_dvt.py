@@ -406,6 +406,7 @@ def saved_work(model: DVT, k: int) -> tuple[int, int, int]:
     return saved, instead, norms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
 def test_gflops_are_the_published_but_for_what_is_derived(name: str) -> None:
     """Against PyTorch's counter, exactly, and against fvcore's count of the published code.
@@ -487,6 +488,7 @@ def test_class_tokens_and_positions_are_not_decayed(name: str) -> None:
         assert (id(parameter) in decayed) == matrix, key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [0, 1])
 def test_recipe_gives_the_published_learning_rates(run: int) -> None:
     published = json.loads((VECTORS / "dvt_lr_schedule.json").read_text())["runs"][run]

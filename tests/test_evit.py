@@ -121,6 +121,7 @@ def test_state_dict_has_the_published_names_and_shapes(name: str) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, wanted", ALIASES.items())
 def test_published_names_have_their_rates_and_sizes(name: str, wanted: tuple) -> None:
     with torch.device("meta"):
@@ -259,6 +260,7 @@ def test_deit_weights_start_any_variant_at_any_size(theirs: int, ours: int) -> N
     torch.testing.assert_close(model.blocks[0].mlp.fc1.weight, source.blocks[0].mlp.fc1.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("rate", [1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
 def test_gflops_are_the_published_codes(rate: float, fuse: bool) -> None:
@@ -268,6 +270,7 @@ def test_gflops_are_the_published_codes(rate: float, fuse: bool) -> None:
     assert exit_gflops(model) == pytest.approx([row["fvcore_0_1_5"]], abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fuse", [False, True])
 @torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True)
 def test_a_moving_rate_compiles_three_graphs_and_no_more(fuse: bool) -> None:
@@ -330,6 +333,7 @@ def evit(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_training_moves_and_logs_the_rate_and_tests_at_the_last(evit: Path) -> None:
     entries = [json.loads(line) for line in (evit / "log.txt").read_text().splitlines()]
     # Two steps an epoch, the last at its middle: half a cosine over epochs 1 to 3.
@@ -344,8 +348,8 @@ def test_training_moves_and_logs_the_rate_and_tests_at_the_last(evit: Path) -> N
 def test_a_checkpoint_brings_its_rate_to_inference(
     evit: Path, folder: Path, tmp_path: Path, command: Command
 ) -> None:
+    from checkpointing.format import load_checkpoint
     from models.weights import model_from_checkpoint
-    from utils import load_checkpoint
 
     checkpoint = load_checkpoint(evit / "checkpoint.pth")
     model, *_ = model_from_checkpoint(checkpoint, "it", None, {})
@@ -374,6 +378,7 @@ def test_a_checkpoint_brings_its_rate_to_inference(
     assert len(rows) == 10 and all(row["exit"] == "full" and row["region"] == "" for row in rows)
 
 
+@pytest.mark.slow
 def test_one_checkpoint_is_tried_at_several_rates(
     evit: Path, folder: Path, tmp_path: Path, command: Command
 ) -> None:
@@ -413,6 +418,7 @@ def test_pictures_show_what_stays_after_each_drop(
         assert picture.width == 3 * 224 + 2 * 4  # the input and two drops
 
 
+@pytest.mark.slow
 def test_finetuning_at_a_higher_resolution(
     evit: Path, folder: Path, tmp_path: Path, command: Command
 ) -> None:

@@ -26,6 +26,8 @@ from hypothesis import strategies as st
 import utils
 from checkpointing.format import save_checkpoint
 
+pytestmark = pytest.mark.slow
+
 sys.path.insert(0, str(ROOT / "scripts"))
 CASES = int(os.environ.get("FUZZ_CASES", 35))
 QUIET = settings(

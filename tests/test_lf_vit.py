@@ -138,7 +138,7 @@ def test_embedding_some_patches_equals_the_convolution_there() -> None:
     index = torch.stack([torch.randperm(196, generator=torch.Generator().manual_seed(s))[:9] for s in (0, 1)])
     whole = model.patch_embed(images)
     expected = torch.stack([whole[b, index[b]] for b in range(2)])
-    torch.testing.assert_close(model.embed(images, {}, index), expected)
+    torch.testing.assert_close(model.embed_patches(images, {}, index), expected)
 
 
 def gradients(model: LFViT, images: torch.Tensor) -> set[str]:

@@ -44,11 +44,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_a_byte(made: Path, tmp_path: Path) -> None:
     assert run(tmp_path / "digits", "--workers=3") == 0
     assert contents(tmp_path / "digits") == contents(made)
 
 
+@pytest.mark.slow
 def test_more_images_keep_the_earlier_ones_and_another_seed_does_not(made: Path, tmp_path: Path) -> None:
     assert run(tmp_path / "more", train=0, test=0, val=90) == 0
     assert run(tmp_path / "other", "--seed=1", train=0, test=0, val=80) == 0
@@ -115,6 +117,7 @@ def test_layout_is_free_of_overlap_and_half_small() -> None:
         assert covered.max() == 1
 
 
+@pytest.mark.slow
 def test_neither_order_nor_side_tells_the_digit(monkeypatch: pytest.MonkeyPatch) -> None:
     lay_out, layouts = make_digits.lay_out, []
     monkeypatch.setattr(make_digits, "lay_out", lambda rng: layouts.append(lay_out(rng)) or layouts[-1])

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ def one_line(ended: Ended) -> str:
 # Killed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "kills", "again"),
     [
@@ -175,6 +177,7 @@ def test_skipped_batches_are_not_loaded(
     assert sum("train" in Path(path).parts for path in loaded) == (STEPS - 6) * 8
 
 
+@pytest.mark.slow
 def test_log_written_but_checkpoint_not(
     whole: Callable, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,8 +209,9 @@ def test_another_batch_size_goes_on_after_as_many_images(
 def test_random_numbers_of_a_sample_follow_from_its_place(workers: int) -> None:
     """Not from the number of processes, nor from which batches came before."""
     state = torch.get_rng_state()
-    both = [loaders.train_loader(Draws(), 4, workers, rank=rank, world=2, seed=5) for rank in range(2)]
-    alone = loaders.train_loader(Draws(), 8, 0, seed=5)
+    train = partial(loaders.train_loader, Draws(), seed=5)
+    both = [train(4, rank=rank, world_size=2, num_workers=workers) for rank in range(2)]
+    alone = train(8)
     for loader, start in ((both[0], 0), (both[1], 0), (alone, 0)):
         loader.sampler.set_epoch(3, start)
     batches = list(alone)
@@ -240,6 +244,7 @@ TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2 --max-resta
 ELASTIC = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_after_a_killed_rank(folder: Path, tmp_path: Path) -> None:
     """Running statistics of batch normalisation, which differ between ranks inside an epoch, included."""
     argv = [*TRAIN, "--model", "cf_lvvit_nano", "--batch-size", 4, "--data-path", folder, "--resume", "auto"]
@@ -256,6 +261,7 @@ def test_torchrun_restarts_after_a_killed_rank(folder: Path, tmp_path: Path) -> 
 # Signals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_stops_with_a_checkpoint(
     name: str, whole: Callable, train: Train, at_step: Callable, tmp_path: Path
@@ -283,6 +289,7 @@ def test_a_signal_waits_for_the_update(train: Train, at_step: Callable, tmp_path
     assert "at epoch 0, step 6;" in train("run", "--accumulate", 3, "--checkpoint-every", "9m").err
 
 
+@pytest.mark.slow
 def test_a_signal_during_evaluation_stops_after_it(
     whole: Callable, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,6 +310,7 @@ def test_second_interrupt_stops_at_once(train: Train, at_step: Callable, tmp_pat
 # Damaged, and not to be written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [spoil, lambda path: os.truncate(path, 70_000)], ids=["bit", "cut"])
 def test_damaged_checkpoint(
     damage: Callable, whole: Callable, train: Train, at_step: Callable, tmp_path: Path
@@ -455,6 +463,7 @@ with locked(Path({folder!r})):
 """
 
 
+@pytest.mark.slow
 def test_one_run_per_folder(train: Train, tmp_path: Path) -> None:
     """The lock goes with its process, even where children of it live on."""
     output = tmp_path / "run"

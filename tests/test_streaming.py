@@ -33,13 +33,13 @@ def batches_of(images: Tensor, sizes: list[int]) -> list[Tensor]:
 )
 @pytest.mark.parametrize("sizes", [[8], [1], [3, 8, 1, 5]])
 @pytest.mark.parametrize("pad", [False, True])
-@pytest.mark.parametrize("patience", [1, 64])
+@pytest.mark.parametrize("max_wait", [1, 64])
 def test_answers_are_those_of_early_exit_in_input_order(
-    thresholds: list[float], sizes: list[int], pad: bool, patience: int
+    thresholds: list[float], sizes: list[int], pad: bool, max_wait: int
 ) -> None:
     images = scripted_images(101)
     expected = early_exit(Scripted(), images, thresholds)
-    stream = ExitStream(Scripted(), CPU, thresholds, 8, pad, patience)
+    stream = ExitStream(Scripted(), CPU, thresholds, 8, pad, max_wait)
     batches = batches_of(images, sizes)
     answers = list(stream(batches))
     assert [len(exits) for _, exits in answers] == [len(batch) for batch in batches]
@@ -67,10 +67,10 @@ def test_padded_stages_see_one_shape() -> None:
     assert set(model.seen) == {16}
 
 
-def test_nobody_waits_longer_than_the_patience() -> None:
+def test_no_image_waits_longer_than_the_limit() -> None:
     images = scripted_images(400)
-    sure = confidence(Scripted()(images)[0].logits)
-    images = torch.cat([images[sure < 0.4][:1], images[sure > 0.6][:159]])  # one image that nobody follows
+    first = confidence(Scripted()(images)[0].logits)
+    images = torch.cat([images[first < 0.4][:1], images[first > 0.6][:159]])  # one image that nobody follows
     consumed = 0
 
     def feed():
@@ -79,11 +79,11 @@ def test_nobody_waits_longer_than_the_patience() -> None:
             consumed += 1
             yield batch
 
-    stream = ExitStream(Scripted(), CPU, [0.5, 0.0], 4, patience=5)
+    stream = ExitStream(Scripted(), CPU, [0.5, 0.0], 4, max_wait=5)
     next(iter(stream(feed())))
     assert consumed == 6
     consumed = 0
-    next(iter(ExitStream(Scripted(), CPU, [0.5, 0.0], 4, patience=1000)(feed())))
+    next(iter(ExitStream(Scripted(), CPU, [0.5, 0.0], 4, max_wait=1000)(feed())))
     assert consumed == 40
 
 
@@ -132,8 +132,8 @@ def test_compiled_stages_never_compile_again(name: str, mode: str, monkeypatch: 
     assert all(name in vars(model) for name in model.compiled)
     list(ExitStream(model, CPU, thresholds, 8, pad=True)(batches))  # a changing number of rows is met here
     with torch._dynamo.config.patch(error_on_recompile=True):
-        found = list(ExitStream(model, CPU, thresholds, 8, pad=True)([*batches, images[:3]]))
-    for (ours, exits), (theirs, wanted) in zip(found, expected, strict=False):
+        answers = list(ExitStream(model, CPU, thresholds, 8, pad=True)([*batches, images[:3]]))
+    for (ours, exits), (theirs, wanted) in zip(answers, expected, strict=False):
         assert torch.equal(exits, wanted)
         assert_close(ours, theirs, atol=1e-5, rtol=0)
     uncompile([model])

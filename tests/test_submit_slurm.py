@@ -25,6 +25,8 @@ import submit_slurm
 
 from checkpointing.format import load_checkpoint
 
+pytestmark = pytest.mark.slow
+
 TRAIN = "--model deit_nano --batch-size 32 --device cpu --num_workers 0 --picture-freq 0".split()
 DATA = ["--data-path", "unused"]
 

@@ -67,10 +67,10 @@ def test_targets_equal_the_published_codes(stem: str, order: str) -> None:
         top, left, height, width = left, top, width, height
     box = torch.stack([left, top, width, height], dim=1)
     size, classes = meta["label_size"], meta["ctor"]["num_classes"]
-    found = token_targets(label[:, :2], box, classes, size, meta["label_smoothing"])
-    assert found.shape == (meta["batch"], classes, 1 + size**2)
-    torch.testing.assert_close(found[..., 0], cls[..., 1], atol=1e-6, rtol=0)
-    torch.testing.assert_close(found[..., 1 :: meta["token_step"]], tokens, atol=1e-6, rtol=0)
+    targets = token_targets(label[:, :2], box, classes, size, meta["label_smoothing"])
+    assert targets.shape == (meta["batch"], classes, 1 + size**2)
+    torch.testing.assert_close(targets[..., 0], cls[..., 1], atol=1e-6, rtol=0)
+    torch.testing.assert_close(targets[..., 1 :: meta["token_step"]], tokens, atol=1e-6, rtol=0)
 
 
 def random_labels(batch: int, classes: int, cells: int = 6, top: int = 3) -> tuple[Tensor, Tensor]:
@@ -153,12 +153,12 @@ def differences(image: Tensor, label: Tensor, box: Tensor, grid: int = 14) -> Te
     return CELLS * (torch.stack(seen) - shown)[:, both].T
 
 
-def check_agreement(found: Tensor, least: int, mean: float = 0.15, lean: float = 0.05) -> None:
+def check_agreement(errors: Tensor, least: int, mean: float = 0.15, lean: float = 0.05) -> None:
     """Less than a cell apart everywhere, far less on average, and with hardly a lean to one side."""
-    assert len(found) >= least
-    assert found.abs().max() < 0.8
-    assert found.abs().mean() < mean
-    assert found.mean(dim=0).abs().max() < lean
+    assert len(errors) >= least
+    assert errors.abs().max() < 0.8
+    assert errors.abs().mean() < mean
+    assert errors.mean(dim=0).abs().max() < lean
 
 
 def coordinate_transform(size: int = 224, **augmentation) -> PairedTransform:
@@ -183,8 +183,8 @@ def test_flips(size: tuple[int, int], flip: dict) -> None:
         coordinate_picture(size), coordinate_label()
     )
     assert box.tolist() == [0, 0, 1, 1]
-    found = differences(image, label, box, grid=CELLS)
-    assert len(found) == CELLS**2 and found.abs().max() < 0.1
+    errors = differences(image, label, box, grid=CELLS)
+    assert len(errors) == CELLS**2 and errors.abs().max() < 0.1
     assert (image[0, 0, 0] > 0.5) == ("hflip" in flip) and (image[1, 0, 0] > 0.5) == ("vflip" in flip)
 
 
@@ -226,7 +226,7 @@ def test_only_the_geometric_operations_move_pixels(name: str) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_crops(size: tuple[int, int]) -> None:
     transform = coordinate_transform(hflip=0, color_jitter=None, interpolation="random")
-    picture, label, found = coordinate_picture(size), coordinate_label(), []
+    picture, label, errors = coordinate_picture(size), coordinate_label(), []
     for seed in range(20):
         seed_all(seed)
         image, same, box = transform(picture, label)
@@ -235,8 +235,8 @@ def test_crops(size: tuple[int, int]) -> None:
         corner = image[:2, :3, :3].mean(dim=(1, 2))  # a few pixels, read without the label
         torch.testing.assert_close(corner, torch.tensor([left / size[0], top / size[1]]), atol=0.02, rtol=0)
         assert width / height == pytest.approx(1, abs=0.4)
-        found.append(differences(image, label, box))
-    check_agreement(torch.cat(found), least=20 * 14**2)
+        errors.append(differences(image, label, box))
+    check_agreement(torch.cat(errors), least=20 * 14**2)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -248,15 +248,15 @@ def test_pipeline(size: tuple[int, int], always: bool) -> None:
     if always:
         for op in policy.ops:
             op.prob = 1
-    picture, kept, found, moved = coordinate_picture(size), coordinate_label(), [], 0
+    picture, kept, errors, moved = coordinate_picture(size), coordinate_label(), [], 0
     for seed in range(60):
         seed_all(seed)
         image, label, box = transform(picture, kept)
         moved += not any(torch.equal(label.flip(dims), kept) for dims in ([], [2], [3], [2, 3]))
-        found.append(differences(image, label, box))
+        errors.append(differences(image, label, box))
     assert moved >= (25 if always else 10)  # draws with a geometric operation
-    assert sum(len(one) > 40 for one in found) >= 50
-    check_agreement(torch.cat(found), least=5000)
+    assert sum(len(one) > 40 for one in errors) >= 50
+    check_agreement(torch.cat(errors), least=5000)
 
 
 def test_two_operations_in_turn_are_followed_in_turn() -> None:
@@ -363,8 +363,8 @@ def test_label_path(image: str, expected: str) -> None:
 def test_label_of_any_type(tmp_path: Path, dtype: torch.dtype) -> None:
     label = torch.arange(2 * 3 * 16).view(2, 3, 4, 4).to(dtype)
     torch.save(label, tmp_path / "a.pt")
-    found = load_label(tmp_path / "a.pt", num_classes=96)
-    assert found.dtype == torch.float32 and torch.equal(found, label.float())
+    loaded = load_label(tmp_path / "a.pt", num_classes=96)
+    assert loaded.dtype == torch.float32 and torch.equal(loaded, label.float())
 
 
 class Malice:

@@ -10,6 +10,8 @@ from cases import Command
 
 from checkpointing.format import load_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def labels(folder: Path, tmp_path: Path) -> Path:
@@ -70,3 +72,16 @@ def test_a_single_missing_label_is_named(command: Command, folder: Path, labels:
     shutil.rmtree(labels / sorted(entry.name for entry in labels.iterdir())[2])
     ended = command("main_deit", folder, *FLAGS, "--token-label-data", labels)
     assert ended.code == 2 and "no token label at" in ended.err and "Traceback" not in ended.err
+
+
+def test_labels_reach_the_loss_however_images_are_normalised(
+    command: Command, folder: Path, labels: Path, tmp_path: Path
+) -> None:
+    losses = []
+    for extra in ([], ["--device-normalize"]):
+        out = tmp_path / f"out{len(extra)}"
+        flags = [*FLAGS, "--token-label-data", labels, "--reprob", 0, *extra]
+        ended = command("main_deit", folder, *flags, "--output_dir", out)
+        assert ended.code == 0, ended.err
+        losses.append([json.loads(line)["train_loss"] for line in (out / "log.txt").read_text().splitlines()])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)

@@ -14,13 +14,23 @@ from cases import ROOT, Command
 from PIL import Image
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks import loading as loader_speed
-from benchmarks.loading import COLUMNS, WAYS, Options, batches_of, compare, rates, write_pictures
+from benchmarks import loading
+from benchmarks.loading import (
+    COLUMNS,
+    LOADER_VARIANTS,
+    LoaderVariant,
+    Options,
+    batches_of,
+    compare,
+    rates,
+    verdict,
+    write_random_jpegs,
+)
 from datasets import DATA_CONFIG, Files, eval_transform, train_transform
 from loading.images import load_image
-from loading.loaders import AS_BYTES, OnDevice, eval_loader
+from loading.loaders import AS_BYTES, DeviceLoader, EvalLoader, Shard
 
 sys.path.insert(0, str(ROOT / "scripts"))
 CPU = torch.device("cpu")
@@ -29,7 +39,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
-    write_pictures(folder, 6)
+    write_random_jpegs(folder, 6)
     return folder
 
 
@@ -46,35 +56,65 @@ def test_pictures_are_of_imagenets_usual_size(pictures: Path) -> None:
 def test_evaluation_normalised_on_the_device_is_the_same(workers: int, pictures: Path) -> None:
     plain, as_bytes = (Files(pictures, eval_transform(56, DATA_CONFIG | end)) for end in ({}, AS_BYTES))
     assert as_bytes[0][0].dtype == torch.uint8
-    loader = OnDevice(eval_loader(as_bytes, 4, workers), CPU, DATA_CONFIG)
+    loader = DeviceLoader(EvalLoader(Shard(as_bytes), 4, num_workers=workers), CPU, DATA_CONFIG)
     assert (len(loader), loader.batch_size, loader.dataset.total) == (2, 4, 6)
-    for (images, numbers), (expected, order) in zip(loader, eval_loader(plain, 4, workers), strict=True):
+    ordinary = EvalLoader(Shard(plain), 4, num_workers=workers)
+    for (images, numbers), (expected, order) in zip(loader, ordinary, strict=True):
         torch.testing.assert_close(images, expected, atol=1e-6, rtol=0)
         assert torch.equal(numbers, order)
 
 
 def test_training_normalised_on_the_device_is_the_same(pictures: Path) -> None:
-    found = []
+    batches = []
     for ending in ({}, AS_BYTES):
         transform = train_transform(56, DATA_CONFIG, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0, **ending)
         random.seed(0), np.random.seed(0), torch.manual_seed(0)
         loader = DataLoader(Files(pictures, transform), 6)
-        found.append(next(iter(OnDevice(loader, CPU, DATA_CONFIG) if ending else loader))[0])
-    torch.testing.assert_close(*found, atol=1e-6, rtol=0)
+        batches.append(next(iter(DeviceLoader(loader, CPU, DATA_CONFIG) if ending else loader))[0])
+    torch.testing.assert_close(*batches, atol=1e-6, rtol=0)
 
 
 def test_erasing_on_the_device_comes_after_normalisation(pictures: Path) -> None:
     data = Files(pictures, eval_transform(56, DATA_CONFIG | AS_BYTES))
-    whole = next(iter(OnDevice(DataLoader(data, 6), CPU, DATA_CONFIG)))[0]
+    whole = next(iter(DeviceLoader(DataLoader(data, 6), CPU, DATA_CONFIG)))[0]
     settings = dict(re_prob=0.7, re_mode="pixel", re_count=2)
     random.seed(1), torch.manual_seed(1)
-    images = next(iter(OnDevice(DataLoader(data, 6), CPU, DATA_CONFIG, **settings)))[0]
+    images = next(iter(DeviceLoader(DataLoader(data, 6), CPU, DATA_CONFIG, **settings)))[0]
     random.seed(1), torch.manual_seed(1)
     next(iter(DataLoader(data, 6)))  # a loader draws too
     expected = RandomErasing(0.7, mode="pixel", max_count=2, device="cpu")(whole.clone())
     assert torch.equal(images, expected)
     erased = (images != whole).flatten(1).any(dim=1)
     assert erased.any() and not erased.all()
+
+
+def test_erasing_draws_nothing_for_the_next_batch() -> None:
+    """As a resumed run needs it: the generators' states belong to the batch that was given last."""
+    images = torch.zeros(12, 3, 8, 8, dtype=torch.uint8)
+    source = DataLoader(TensorDataset(images, torch.arange(12)), 4, generator=torch.Generator())
+    batches = DeviceLoader(source, CPU, DATA_CONFIG, 0.7, "pixel")
+    random.seed(2), torch.manual_seed(2)
+    given, states = [], []
+    for batch, _ in batches:
+        given.append(batch)
+        states.append((random.getstate(), torch.get_rng_state()))
+    for step, (batch, _) in enumerate(batches):
+        if step:
+            assert torch.equal(batch, given[step])
+        random.setstate(states[step][0]), torch.set_rng_state(states[step][1])
+
+
+def test_three_tensors_of_a_batch_arrive() -> None:
+    images, label, box = (
+        torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8),
+        torch.rand(5, 2, 1),
+        torch.rand(5, 4),
+    )
+    batches = list(DeviceLoader(DataLoader(TensorDataset(images, label, box), 2), CPU, DATA_CONFIG))
+    whole = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    mean, std = (torch.tensor(DATA_CONFIG[key])[:, None, None] for key in ("mean", "std"))
+    torch.testing.assert_close(whole[0], (images / 255 - mean) / std, atol=1e-6, rtol=0)
+    assert torch.equal(whole[1], label) and torch.equal(whole[2], box)
 
 
 @pytest.mark.parametrize(
@@ -96,22 +136,22 @@ def test_fast_decoding_is_of_jpegs_alone() -> None:
     assert load_image(file, side=8).size == (64, 64)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=[way.name for way in WAYS])
-def test_batches_do_not_end_and_are_model_input(way: loader_speed.Way, pictures: Path) -> None:
+@pytest.mark.parametrize("variant", LOADER_VARIANTS, ids=[variant.name for variant in LOADER_VARIANTS])
+def test_batches_do_not_end_and_are_model_input(variant: LoaderVariant, pictures: Path) -> None:
     data = Files(pictures)
-    batches = batches_of(way, data, 28, 4, 0, CPU)
+    batches = batches_of(variant, data, 28, 4, 0, CPU)
     for _ in range(4):
         images, numbers = next(batches)
         assert images.shape == (4, 3, 28, 28) and images.dtype == torch.float32
         assert len(numbers) == 4 and images.min() < 0 < images.max()
-    assert data.side == (56 if way.fast else 0)
+    assert data.side == (56 if variant.fast else 0)
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds, in a list of one, that stand still unless a test moves them."""
     now = [0.0]
-    monkeypatch.setattr(loader_speed.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(loading.time, "perf_counter", lambda: now[0])
     return now
 
 
@@ -149,18 +189,19 @@ def test_the_slower_part_limits(loading: float, forward: float, clock: list[floa
     assert row["limited_by"] == ("loader" if loading > forward else "model")
     assert row["workers_needed"] == {0.5: 12, 0.125: 1, 0.25: 3}[loading]
     row |= dict(transform="training", batch_size=8, workers=3)
-    assert ("about 12 processes would keep up" in loader_speed.verdict(row)) == (loading > forward)
+    assert ("about 12 processes would keep up" in verdict(row)) == (loading > forward)
 
 
 SMALL = "deit_nano:embed_dim=32,depth=2,num_heads=2"
 QUICK = ["--loader", "--models", SMALL, "--device", "cpu", "--repeats", 2, "--seconds", 0, "--num_workers", 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", [True, False])
-def test_the_table_holds_all_ways(
+def test_the_table_holds_all_variants(
     made: bool, command: Command, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader_speed, "write_pictures", lambda folder: write_pictures(folder, 2))
+    monkeypatch.setattr(loading, "write_random_jpegs", lambda folder: write_random_jpegs(folder, 2))
     flags = [*QUICK, "--batch-size", 1, 2, "--csv", tmp_path / "a.csv", "--markdown", tmp_path / "a.md"]
     ended = command("benchmark", *flags, *([] if made else ["--data-path", pictures]))
     assert ended.code == 0, ended.err
@@ -168,7 +209,7 @@ def test_the_table_holds_all_ways(
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == COLUMNS
     assert [(row["batch_size"], row["transform"]) for row in rows] == [
-        (size, way.name) for size in "12" for way in WAYS
+        (size, variant.name) for size in "12" for variant in LOADER_VARIANTS
     ]
     for row in rows:
         loader, model = float(row["loader_images_per_second"]), float(row["model_images_per_second"])
@@ -185,7 +226,7 @@ def test_the_table_holds_all_ways(
     [
         (["--batch-size", "auto", "--max-batch", 4], "--batch-size as numbers"),
         (["--png", "speed.png"], "no --png"),
-        (["--num_workers", -1], "--num-workers is -1"),
+        (["--num_workers", -1], "'-1' is not a whole number from 0 up"),
         (["--data-path", "nowhere"], "nowhere"),
     ],
 )
@@ -195,6 +236,7 @@ def test_bad_input_is_one_line(flags: list, message: str, command: Command) -> N
     assert ended.code == 2 and ended.out == "" and len(lines) == 1 and message in lines[0]
 
 
+@pytest.mark.slow
 def test_predictions_do_not_depend_on_who_normalises(
     command: Command, sharp: Path, folder: Path, tmp_path: Path
 ) -> None:
