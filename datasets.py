@@ -18,6 +18,7 @@ from loading.archives import Lmdb, Shards
 from loading.hugging_face import HuggingFace
 from loading.images import load_image
 from loading.token_labels import label_path, load_label
+from utils import InputError
 
 DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "CIFAR100", "INAT", "INAT19")
 INAT_CATEGORIES = ("name", "kingdom", "phylum", "class", "order", "supercategory", "family", "genus")
@@ -65,7 +66,7 @@ class Folder(Images):
 
     Raises:
         FileNotFoundError: there is no folder or no image.
-        ValueError: a folder is none of the given classes.
+        InputError: a folder is none of the given classes.
     """
 
     def __init__(self, root: Path, transform: Callable | None = None, classes: list[str] | None = None):
@@ -74,7 +75,7 @@ class Folder(Images):
             raise FileNotFoundError(f"no class folder in {root}")
         self.root, self.classes = root, classes or folders
         if unknown := sorted(set(folders) - set(self.classes)):
-            raise ValueError(
+            raise InputError(
                 f"{root} has the class folder {unknown[0]!r}, which is not among the model's classes"
             )
         numbers = {name: number for number, name in enumerate(self.classes)}
@@ -127,7 +128,7 @@ class INaturalist(Images):
         for image in own["images"]:
             parts = image["file_name"].split("/")  # split, kingdom, category id, file
             if int(parts[2]) not in trained:
-                raise ValueError(
+                raise InputError(
                     f"{files[1]}: {image['file_name']} is of a class without a training annotation"
                 )
             samples.append((root / parts[0] / parts[2] / parts[3], numbers[of_category[int(parts[2])]]))
@@ -204,14 +205,14 @@ def build_dataset(
 
     Raises:
         FileNotFoundError: the folder, the split or its images are not there.
-        ValueError: the data set is unknown, or a class folder is, or an archive cannot be read.
+        InputError: the data set is unknown, or a class folder is, or an archive cannot be read.
     """
     data_set, root = source.data_set, Path(source.root)
     splits = [split] + (["validation", "test"] if split == "val" else [])
     kind, _, name = data_set.partition("/")
     if source.use_lmdb:
         if data_set != "IMNET":
-            raise ValueError(f"--use-lmdb goes with --data-set IMNET, not with {data_set}")
+            raise InputError(f"--use-lmdb goes with --data-set IMNET, not with {data_set}")
         files = [root / f"{split}.lmdb" for split in splits]
         return Lmdb(next((file for file in files if file.is_file()), files[0]), transform, classes)
     if kind == "wds":
@@ -235,7 +236,7 @@ def build_dataset(
             ) from error
     if data_set in ("INAT", "INAT19"):
         return INaturalist(root, 2018 if data_set == "INAT" else 2019, split, source.category, transform)
-    raise ValueError(f"unknown data set {data_set!r}: take one of {', '.join(DATA_SETS)}")
+    raise InputError(f"unknown data set {data_set!r}: take one of {', '.join(DATA_SETS)}")
 
 
 def check_classes(dataset: Dataset, num_classes: int) -> None:
@@ -245,7 +246,7 @@ def check_classes(dataset: Dataset, num_classes: int) -> None:
     the folders hold.
     """
     if len(dataset.classes) != num_classes:
-        raise ValueError(
+        raise InputError(
             f"the data has {len(dataset.classes)} classes and the model {num_classes}, and the checkpoint"
             " does not name its classes: the folders must be all of them"
         )
@@ -277,7 +278,7 @@ def make_transform(img_size: int, **options: Any) -> Callable:
         return create_transform(img_size, **options)
     except (AssertionError, AttributeError, KeyError, NotImplementedError, TypeError) as error:
         named = ", ".join(f"{name} {value}" for name, value in options.items() if isinstance(value, str))
-        raise ValueError(f"timm makes no transform of {named} ({type(error).__name__} {error})") from error
+        raise InputError(f"timm makes no transform of {named} ({type(error).__name__} {error})") from error
 
 
 # Command-line flags

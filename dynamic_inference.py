@@ -20,6 +20,7 @@ from inference.evaluation import evaluate_exits, print_stored, sweep_thresholds,
 from inference.prediction import predict_files
 from inference.session import Loading, ResultFile, open_model, open_session
 from models import flags, registry
+from utils import InputError
 
 MODES = {
     0: "accuracy of each exit",
@@ -94,7 +95,7 @@ def parse() -> argparse.Namespace:
     """Read the command line.
 
     Raises:
-        ValueError: a value is out of range, or flags do not go together.
+        InputError: a value is out of range, or flags do not go together.
         FileNotFoundError: the folder of --output is not there.
     """
     args = make_parser().parse_args()
@@ -103,13 +104,13 @@ def parse() -> argparse.Namespace:
         utils.check_range(f"--{name}", getattr(args, name), 1)
     utils.check_range("--max-bad-images", args.max_bad_images, 0)
     if args.boxes and args.max_bad_images:
-        raise ValueError("--boxes needs every image: not with --max-bad-images")
+        raise InputError("--boxes needs every image: not with --max-bad-images")
     if args.budget is not None:
         utils.check_range("--budget", args.budget, 0)
         if args.solve == "geometric":
-            raise ValueError("--budget goes with --solve joint: geometric shares are not made for one budget")
+            raise InputError("--budget goes with --solve joint: geometric shares are not made for one budget")
     if args.vary and len(args.vary) == 1:
-        raise ValueError(f"--vary takes a name and numbers, not {args.vary[0]} alone")
+        raise InputError(f"--vary takes a name and numbers, not {args.vary[0]} alone")
     for flag, path in (("--output", args.output), ("--results", args.results)):
         if path and (path.is_dir() or flag == "--output" and not path.absolute().parent.is_dir()):
             raise FileNotFoundError(f"{flag} {path}: name a file in a folder that exists")

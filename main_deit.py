@@ -46,7 +46,7 @@ from models.weights import (
     published_kwargs,
     published_name,
 )
-from utils import NON_NEGATIVE, NON_NEGATIVE_INT, POSITIVE_INT, SHARE, log
+from utils import NON_NEGATIVE, NON_NEGATIVE_INT, POSITIVE_INT, SHARE, InputError, log
 
 OnOff = argparse.BooleanOptionalAction
 CROP_PCT = utils.Number(float, 0.01, 1)
@@ -198,7 +198,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, 
     name = given.get("model") or checkpoint.get("model_name")
     if "demo" in given:
         if not source:
-            raise ValueError("--demo needs the weights to draw with: --finetune FILE")
+            raise InputError("--demo needs the weights to draw with: --finetune FILE")
         name = name or published_name(source)
     saved = checkpoint.get("args") if isinstance(checkpoint.get("args"), dict) else {}
     saved = {key: value for key, value in saved.items() if key in defaults.keys() - OF_ONE_RUN}
@@ -219,7 +219,7 @@ def open_checkpoint(resume: str | None, output_dir: str | None) -> tuple[str | N
     if resume != "auto":
         return resume, load_checkpoint(resume) if resume else {}
     if not output_dir:
-        raise ValueError("--resume auto looks into --output_dir: give one")
+        raise InputError("--resume auto looks into --output_dir: give one")
     path, checkpoint = load_newest(Path(output_dir))
     return path and str(path), checkpoint
 
@@ -228,25 +228,25 @@ def check_flags(args: argparse.Namespace) -> None:
     """Check that the flags go together.
 
     Raises:
-        ValueError: they do not.
+        InputError: they do not.
     """
     mixes = mixing_options(args)
     utils.check_range("--max-bad-images", args.max_bad_images, 0)
     if mixes and args.batch_size % 2 and not (args.only_test_speed or args.demo):
-        raise ValueError(
+        raise InputError(
             f"--batch-size {args.batch_size} is odd and mixup pairs images:"
             " take an even one, or --mixup 0 --cutmix 0"
         )
     if not args.data_path and not args.only_test_speed:
-        raise ValueError("no data: give the folder that holds train/ and val/ with --data-path DIR")
+        raise InputError("no data: give the folder that holds train/ and val/ with --data-path DIR")
     if args.token_label and not args.token_label_data:
-        raise ValueError("--token-label needs the folder of the labels: --token-label-data DIR")
+        raise InputError("--token-label needs the folder of the labels: --token-label-data DIR")
     if args.token_label and (args.data_set != "IMNET" or args.use_lmdb or args.no_aug or mixes):
-        raise ValueError(
+        raise InputError(
             "--token-label goes with --data-set IMNET, --mixup 0 and --cutmix 0, without --no-aug, --use-lmdb"
         )
     if args.eval and not args.resume:
-        raise ValueError("--eval needs the checkpoint to evaluate: --resume FILE")
+        raise InputError("--eval needs the checkpoint to evaluate: --resume FILE")
 
 
 # From flags to the options of what is built
@@ -352,7 +352,7 @@ def output_folder(
     """Log to a folder while the body runs; for training, keep it for this run.
 
     Raises:
-        ValueError: another run has it, or it is not the same folder for all processes.
+        InputError: another run has it, or it is not the same folder for all processes.
     """
     with ExitStack() as stack:
         if folder and trains:
@@ -362,7 +362,7 @@ def output_folder(
         utils.start_logging(context, folder / "train.log" if folder else None)
         if folder and trains:
             if len(set(utils.gather(resume))) > 1:
-                raise ValueError(
+                raise InputError(
                     f"--output_dir {folder} is not the same folder for all processes: give a shared one"
                 )
             if resume and Path(resume).parent == folder:
@@ -418,7 +418,7 @@ def make_objective(
     """Return the loss of one exit's logits, and what makes its targets soft, if anything does."""
     if token_labels:
         if not model.token_labels:
-            raise ValueError(f"--token-label: {type(model).__name__} has no loss for them")
+            raise InputError(f"--token-label: {type(model).__name__} has no loss for them")
         grid = model.img_size // model.patch_size
 
         def targets(images: Tensor, label: Tensor, box: Tensor) -> tuple[Tensor, Tensor]:
@@ -427,7 +427,7 @@ def make_objective(
         return Objective(SoftTargetCrossEntropy(), targets)
     if mixing:
         if batch_size % 2:
-            raise ValueError("mixup pairs images and there is only one per process: --mixup 0 --cutmix 0")
+            raise InputError("mixup pairs images and there is only one per process: --mixup 0 --cutmix 0")
         mixup = Mixup(**mixing, label_smoothing=smoothing, num_classes=model.num_classes)
         return Objective(SoftTargetCrossEntropy(), mixup)
     return Objective(LabelSmoothingCrossEntropy(smoothing) if smoothing > 0 else nn.CrossEntropyLoss())

@@ -22,6 +22,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 log = logging.getLogger("adaptive-vit")
 
 
+class InputError(ValueError):
+    """What a user did wrong: one line with the way out, exit code 2."""
+
+
 class MainError(Exception):
     """A command's own failure: one line, exit code 1."""
 
@@ -65,17 +69,17 @@ def start(device: str | None, seed: int = 0) -> Context:
     """Join the process group that torchrun describes, if any, and seed every generator with seed + rank.
 
     Raises:
-        ValueError: a CUDA device was asked for and there is none.
+        InputError: a CUDA device was asked for and there is none.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: no CUDA device is visible; use --device cpu")
+        raise InputError(f"--device {device}: no CUDA device is visible; use --device cpu")
     try:
         if torch.device(device).type not in ("cpu", "cuda", "mps", "xpu"):
             raise RuntimeError("take cpu or cuda")
         place = init_distributed_device_so(device=device)
     except RuntimeError as error:
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
     random_seed(seed, place["global_rank"])
     return Context(
         torch.device(place["device"]), place["global_rank"], place["world_size"], place["local_rank"]
@@ -120,7 +124,7 @@ def by_main(context: Context, function: Callable[[], Any]) -> Any:
     if context.is_main:
         try:
             result = function()
-        except (ValueError, OSError, MainError) as caught:
+        except (InputError, OSError, MainError) as caught:
             error = caught
     if (first := gather(error)[0]) is not None:
         raise first
@@ -207,7 +211,7 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         with loaders_closed():
             main()
-    except (ValueError, OSError) as error:
+    except (InputError, OSError) as error:
         # A data loader's worker hands its exception on as a traceback: the last line says what happened.
         text = str(error).strip()
         line = (
@@ -264,7 +268,7 @@ class Parser(argparse.ArgumentParser):
         self.register("type", int, Number(int))
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help lists what there is")
+        raise InputError(f"{message}; --help lists what there is")
 
 
 class Number(NamedTuple):
@@ -308,8 +312,8 @@ def check_range(flag: str, value: float, low: float, high: float = float("inf"))
     """Check that a flag's value lies in low .. high.
 
     Raises:
-        ValueError: it does not.
+        InputError: it does not.
     """
     if not low <= value <= high:
         limits = f"{low} to {high}" if high < float("inf") else f"at least {low}"
-        raise ValueError(f"{flag} is {value}: take {limits}")
+        raise InputError(f"{flag} is {value}: take {limits}")

@@ -19,7 +19,7 @@ from inference.pictures import contact_sheet, draw_all, draw_classes, draw_curve
 from inference.session import open_model
 from loading import loaders
 from models import flags
-from utils import log
+from utils import InputError, log
 
 
 def baseline(text: str) -> tuple[str, float, float]:
@@ -76,13 +76,13 @@ def parse() -> argparse.Namespace:
     """Read the command line.
 
     Raises:
-        ValueError: a value is out of range, flags do not go together, or there is nothing to draw.
+        InputError: a value is out of range, flags do not go together, or there is nothing to draw.
     """
     args = make_parser().parse_args()
     if args.per_class and (args.images or not args.data_path):
-        raise ValueError("--per-class needs labelled images: --data-path DIR, without --images")
+        raise InputError("--per-class needs labelled images: --data-path DIR, without --images")
     if not (args.images or args.data_path or args.curve):
-        raise ValueError("nothing to draw: give --data-path DIR or --images PATH, or --curve")
+        raise InputError("nothing to draw: give --data-path DIR or --images PATH, or --curve")
     utils.check_range("--threshold", args.threshold, 0, 1)
     for name in ("num_images", "batch_size", "columns"):
         utils.check_range(f"--{name.replace('_', '-')}", getattr(args, name), 1)
@@ -94,7 +94,7 @@ def stored_curve(checkpoint: dict[str, Any], file: str, results: str | None) -> 
     """Return the results of a checkpoint, or of a JSON file in its stead; ValueError if there is no curve."""
     stored = Results.of(load_json(results) if results else checkpoint)
     if stored.budgeted_batch_classification is None:
-        raise ValueError(f"{results or file} holds no curve: run dynamic_inference.py --eval-mode 1 first")
+        raise InputError(f"{results or file} holds no curve: run dynamic_inference.py --eval-mode 1 first")
     return stored
 
 

@@ -27,7 +27,7 @@ from inference.streaming import compile_models, uncompile
 from models import Adaptive, flags
 from models.cost import fit_knob
 from models.weights import baseline_model
-from utils import log
+from utils import InputError, log
 
 COLUMNS = """
     model operating_point batch_size img_size parameters gflops images_per_second spread speedup saved_gflops
@@ -50,12 +50,12 @@ class ModelSpec(NamedTuple):
         """Read NAME or NAME:KEY=VALUE,...; commas inside brackets belong to a value.
 
         Raises:
-            ValueError: there is no such model, or the text is of another form.
+            InputError: there is no such model, or the text is of another form.
         """
         name, _, rest = text.partition(":")
         if not timm.is_model(name):
             close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
-            raise ValueError(f"unknown model {name!r}" + (f"; there are {close}" if close else ""))
+            raise InputError(f"unknown model {name!r}" + (f"; there are {close}" if close else ""))
         return cls(text, name, flags.key_values(name, re.split(r",(?![^\[]*\])", rest) if rest else []))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpointing.format import load_checkpoint, save_checkpoint
-from utils import MainError, log
+from utils import InputError, MainError, log
 
 NEWEST = "checkpoint.pth"
 BEST = "model_best.pth"
@@ -49,7 +49,7 @@ def load_newest(folder: Path) -> tuple[Path | None, dict[str, Any]]:
     """Return the newest checkpoint that can be read, and its content; None and {} in a folder without any.
 
     Raises:
-        ValueError: there are checkpoints and none can be read.
+        InputError: there are checkpoints and none can be read.
     """
     error = None
     for number in checkpoint_numbers(folder):
@@ -59,7 +59,7 @@ def load_newest(folder: Path) -> tuple[Path | None, dict[str, Any]]:
         except ValueError as caught:
             error = error or caught
     if error:
-        raise ValueError(f"{error}, nor is any before it: remove them to start anew")
+        raise InputError(f"{error}, nor is any before it: remove them to start anew")
     return None, {}
 
 
@@ -117,7 +117,7 @@ def locked(folder: Path) -> Iterator[None]:
     The lock ends with the body, or with this process, however it ends.
 
     Raises:
-        ValueError: another run has the folder.
+        InputError: another run has the folder.
         OSError: it cannot be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def locked(folder: Path) -> Iterator[None]:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
                 holder = file.read().strip() or "another run"
-                raise ValueError(f"{folder} is in use by {holder}: take another --output_dir") from error
+                raise InputError(f"{folder} is in use by {holder}: take another --output_dir") from error
             log.warning("%s cannot be locked (%s): let no other run write to it", folder, error.strerror)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

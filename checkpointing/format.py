@@ -17,7 +17,7 @@ from timm.models import clean_state_dict
 from torch import Tensor
 
 from checkpointing.schema import CHECKPOINT, RESULTS, check
-from utils import write_atomically
+from utils import InputError, write_atomically
 
 
 @dataclasses.dataclass
@@ -42,7 +42,7 @@ class Results:
         """Read the published keys, of which `flops` is also spelt `flop`.
 
         Raises:
-            ValueError: a value is of another form.
+            InputError: a value is of another form.
         """
         values = {"flops": checkpoint.get("flop")} | checkpoint
         values = {key: as_lists(values[key]) for key in RESULTS if values.get(key) is not None}
@@ -102,14 +102,14 @@ def load_json(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a JSON object.
+        InputError: it is not a JSON object.
     """
     try:
         value = json.loads(Path(path).read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a JSON file ({error})") from error
+        raise InputError(f"{path} is not a JSON file ({error})") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object of results")
+        raise InputError(f"{path} holds a JSON {type(value).__name__}, not an object of results")
     return value
 
 
@@ -129,7 +129,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, or needs more than tensors and plain values.
+        InputError: it cannot be read, or needs more than tensors and plain values.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
@@ -139,15 +139,15 @@ def read_file(path: Path) -> dict[str, Any]:
         if zipfile.is_zipfile(path):  # torch.load does not look at the checksums, which torch.save makes
             with zipfile.ZipFile(path) as parts:
                 if (part := parts.testzip()) is not None:
-                    raise ValueError(f"the checksum of {part} is wrong")
+                    raise InputError(f"the checksum of {part} is wrong")
         # Published files keep their command line as a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a broken file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is not a readable checkpoint ({reason[:150]})") from error
+        raise InputError(f"{path} is not a readable checkpoint ({reason[:150]})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+        raise InputError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content
 
 
@@ -155,11 +155,11 @@ def add_to_checkpoint(path: Path, values: dict[str, Any]) -> None:
     """Put keys into a checkpoint file and leave the others as they are.
 
     Raises:
-        ValueError: the file has another layout than `model` plus other keys.
+        InputError: the file has another layout than `model` plus other keys.
     """
     checkpoint = read_file(path)
     if not isinstance(checkpoint.get("model"), dict):
-        raise ValueError(f"{path} takes no results (it has no key `model`): name a JSON file with --results")
+        raise InputError(f"{path} takes no results (it has no key `model`): name a JSON file with --results")
     save_checkpoint(checkpoint | values, path)
 
 
@@ -172,7 +172,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not a checkpoint, or needs more than tensors and plain values.
+        InputError: the file is not a checkpoint, or needs more than tensors and plain values.
     """
     content = {key: value for key, value in read_file(Path(path)).items() if value is not None}
     if content and all(isinstance(value, Tensor) for value in content.values()):
@@ -185,7 +185,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             check(checkpoint, CHECKPOINT, str(path))
             weights = checkpoint.keys() & {"model", "model_ema"}
             return checkpoint | {name: clean_state_dict(checkpoint[name]) for name in weights}
-    raise ValueError(f"{path} holds no weights under model, state_dict or model_state_dict")
+    raise InputError(f"{path} holds no weights under model, state_dict or model_state_dict")
 
 
 def rng_state() -> dict[str, Any]:

@@ -24,7 +24,7 @@ from checkpointing.format import restore_rng, rng_state
 from checkpointing.schema import load_optimizer
 from engine import Observer, Progress, Update
 from models.weights import load_weights
-from utils import log
+from utils import InputError, log
 
 # What a scheduler, a shell or Slurm says when time is up.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -270,7 +270,7 @@ class Run(Observer):
         """
         update = self.update
         if "optimizer" not in checkpoint:
-            raise ValueError(f"{source} holds weights only; start from it with --finetune")
+            raise InputError(f"{source} holds weights only; start from it with --finetune")
         load_optimizer(update.optimizer, checkpoint["optimizer"])
         if checkpoint.get("scaler"):
             update.scaler.load_state_dict(checkpoint["scaler"])

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin
 import torch
 from torch import Tensor
 
-from utils import Number
+from utils import InputError, Number
 
 RESULTS: dict[str, Any] = {
     "flops": list[float],
@@ -71,14 +71,14 @@ def check(values: dict[str, Any], kinds: dict[str, Any], source: str) -> None:
     """Check what is there of some keys; the kind of a nested dict is a dict of kinds.
 
     Raises:
-        ValueError: a value is not of the kind of its key.
+        InputError: a value is not of the kind of its key.
     """
     for name in [name for name in kinds if name in values]:
         value, kind = values[name], kinds[name]
         nested, kind = (kind, dict[str, object]) if isinstance(kind, dict) else ({}, kind)
         if not fits(value, kind):
             what = kind.__name__ if isinstance(kind, type) and not get_args(kind) else kind
-            raise ValueError(f"{source}: {name} is {shown(value)}, not {what}")
+            raise InputError(f"{source}: {name} is {shown(value)}, not {what}")
         check(value, nested, f"{source}: {name}")
 
 
@@ -96,7 +96,7 @@ def check_arguments(parser: argparse.ArgumentParser, values: dict[str, Any], sou
         values: None stands for one that was not given.
 
     Raises:
-        ValueError: the command line cannot have given a value.
+        InputError: the command line cannot have given a value.
     """
     for name, value in values.items():
         flag = f"--{name.replace('_', '-')}"
@@ -108,7 +108,7 @@ def check_arguments(parser: argparse.ArgumentParser, values: dict[str, Any], sou
             if not any(str(item).startswith(("-h", "--")) for item in value):  # not another flag
                 ways.append([flag, *map(str, value)])
         if value is not None and not any(reads(parser, way, name, value) for way in ways):
-            raise ValueError(f"{source}: its argument {name} is {shown(value)}, which no flag gives")
+            raise InputError(f"{source}: its argument {name} is {shown(value)}, which no flag gives")
 
 
 def reads(parser: argparse.ArgumentParser, argv: list[str], name: str, value: Any) -> bool:
@@ -155,6 +155,6 @@ def damage_reported(source: str) -> Iterator[None]:
     try:
         yield
     except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{source}: its training state is damaged ({type(error).__name__}: {error})"
         ) from error

@@ -11,6 +11,7 @@ from inference.session import Session
 from inference.thresholds import NEVER, best_thresholds, geometric_shares, thresholds_for_shares
 from models import Adaptive
 from models.exits import Curve, budget_threshold, operating_points
+from utils import InputError
 
 SOLVERS = {
     "geometric": "exit shares that fall geometrically, arXiv 2105.15075",
@@ -34,7 +35,7 @@ class Calibration(NamedTuple):
         """Return the calibration images and the test images.
 
         Raises:
-            ValueError: one of them is empty.
+            InputError: one of them is empty.
         """
         tested = session.dataset()
         if self.split:
@@ -45,13 +46,13 @@ class Calibration(NamedTuple):
         else:
             calibration, tested = (Subset(tested, range(first, len(tested), 2)) for first in (0, 1))
         if min(len(calibration), len(tested)) == 0:
-            raise ValueError("no images are left to calibrate on or to test on: there is only one")
+            raise InputError("no images are left to calibrate on or to test on: there is only one")
         return [calibration, tested]
 
 
 def check_early_exits(model: Adaptive) -> None:
     if model.num_exits == 1:
-        raise ValueError("thresholds are for models with several exits; this one has a single one")
+        raise InputError("thresholds are for models with several exits; this one has a single one")
 
 
 def solve_budget(session: Session, calibration: Calibration, budget: float, joint: bool) -> None:
@@ -138,14 +139,14 @@ def stored_thresholds(session: Session) -> Tensor | None:
     """Return the thresholds [T,E-1] of the checkpoint, if it has any.
 
     Raises:
-        ValueError: they are of another number of exits.
+        InputError: they are of another number of exits.
     """
     stored = Results.of(session.trained.checkpoint).dynamic_threshold
     if stored is None:
         return None
     table, exits = torch.tensor(stored, dtype=torch.float32), session.model.num_exits
     if table.ndim != 2 or table.shape[1] not in (exits - 1, exits):
-        raise ValueError(
+        raise InputError(
             f"the checkpoint's thresholds are {tuple(table.shape)}, for a model with {exits} exits"
         )
     return table[:, : exits - 1]

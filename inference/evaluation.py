@@ -16,6 +16,7 @@ from inference.thresholds import NEVER
 from models import Adaptive, StageOutput
 from models.cost import exit_gflops
 from models.exits import operating_points, uniform_thresholds
+from utils import InputError
 
 
 def read_boxes(file: str | Path, root: Path, paths: list[Path]) -> Tensor:
@@ -28,7 +29,7 @@ def read_boxes(file: str | Path, root: Path, paths: list[Path]) -> Tensor:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it lacks a column or an image.
+        InputError: it lacks a column or an image.
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"no file {file}")
@@ -39,9 +40,9 @@ def read_boxes(file: str | Path, root: Path, paths: list[Path]) -> Tensor:
                 box = [float(row[side]) for side in ("left", "top", "right", "bottom")]
                 boxes[root / row["file"]] = box
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{file} needs the columns file, left, top, right, bottom") from error
+                raise InputError(f"{file} needs the columns file, left, top, right, bottom") from error
     if missing := [path for path in paths if path not in boxes]:
-        raise ValueError(f"{file} has no box for {missing[0]}")
+        raise InputError(f"{file} has no box for {missing[0]}")
     return torch.tensor([boxes[path] for path in paths])
 
 
@@ -54,16 +55,16 @@ class Coverage:
         session: with a model that chooses a region.
 
     Raises:
-        ValueError: boxes in the images' pixels do not fit the model's input, or the data are no files.
+        InputError: boxes in the images' pixels do not fit the model's input, or the data are no files.
     """
 
     def __init__(self, file: str, dataset: Dataset, session: Session):
         if session.trained.config["crop_pct"] != 1:
-            raise ValueError(
+            raise InputError(
                 "--boxes are in the pixels of the images: they need a checkpoint with --crop-pct 1"
             )
         if not hasattr(dataset, "samples"):
-            raise ValueError("--boxes goes with image files: --data-set IMNET")
+            raise InputError("--boxes goes with image files: --data-set IMNET")
         paths = [Path(path) for path, _ in dataset.samples]
         boxes = read_boxes(file, Path(session.source.root), paths).clamp(0, session.model.img_size)
         context = session.context
@@ -75,7 +76,7 @@ class Coverage:
         """Add the next batch."""
         region = self.model.picture(outputs[-1].info).region
         if region is None:
-            raise ValueError("--boxes: this model chooses no region")
+            raise InputError("--boxes: this model chooses no region")
         box = self.boxes[self.count : self.count + len(images)]
         self.count += len(images)
         overlap = torch.minimum(box[:, 2:], region[:, 2:]) - torch.maximum(box[:, :2], region[:, :2])
@@ -127,20 +128,20 @@ def knob_values(model: Adaptive, name: str, texts: list[str]) -> list[Any]:
     """Read values of a model's knob.
 
     Raises:
-        ValueError: the model has no such knob, a value is not of its type, or is outside its range.
+        InputError: the model has no such knob, a value is not of its type, or is outside its range.
     """
     if name not in model.knobs:
         names = f"it takes {', '.join(model.knobs)}" if model.knobs else "this model has nothing to vary"
-        raise ValueError(f"--vary {name}: {names}")
+        raise InputError(f"--vary {name}: {names}")
     kind, low, high = model.knobs[name]
     numbers = "whole numbers" if kind is int else "numbers"
     try:
         values = [kind(text) for text in texts]
     except ValueError as error:
-        raise ValueError(f"--vary takes a name and {numbers}, not {' '.join([name, *texts])}") from error
+        raise InputError(f"--vary takes a name and {numbers}, not {' '.join([name, *texts])}") from error
     for value in values:
         if not low <= value <= high:
-            raise ValueError(f"--vary {name} {value}: take {numbers} from {low} to {high}")
+            raise InputError(f"--vary {name} {value}: take {numbers} from {low} to {high}")
     return values
 
 

@@ -23,7 +23,7 @@ from checkpointing.format import Results
 from engine import cascade
 from models import Adaptive
 from models.exits import confidence
-from utils import log
+from utils import InputError, log
 
 PANEL = 224  # pixels a side; smaller images are enlarged by a whole factor
 GAP, SHEET_GAP, HEAD, BAR = 4, 12, 22, 36  # pixels: between panels and pictures, the headline, the colour bar
@@ -139,14 +139,14 @@ def most_varied(
         thresholds: one per exit but the last.
 
     Raises:
-        ValueError: the model has no token depths.
+        InputError: the model has no token depths.
     """
     best: dict[int, tuple[float, Explanation]] = {}
     with utils.progress(len(loader.dataset)) as bar:
         for images, labels in loader:
             for item in explain_batch(model, images, labels, config, thresholds):
                 if item.depth is None:
-                    raise ValueError(
+                    raise InputError(
                         f"{type(model).__name__} has no token depths to draw by class:"
                         " take a model whose tokens halt"
                     )
@@ -274,11 +274,11 @@ def save(picture: Tensor, path: Path) -> None:
     """Write a picture in the format that the name says.
 
     Raises:
-        ValueError: it says none.
+        InputError: it says none.
     """
     form = Image.registered_extensions().get(path.suffix.lower())
     if form is None:
-        raise ValueError(f"{path} is no name of a picture: take one such as picture.png")
+        raise InputError(f"{path} is no name of a picture: take one such as picture.png")
     utils.write_atomically(path, lambda temporary: to_pil_image(picture).save(temporary, form))
 
 

@@ -19,7 +19,7 @@ from models import Adaptive, StageOutput
 from models.cost import exit_gflops
 from models.exits import Predictions
 from models.weights import model_from_checkpoint
-from utils import log
+from utils import InputError, log
 
 
 class TrainedModel(NamedTuple):
@@ -50,7 +50,7 @@ class TrainedModel(NamedTuple):
 
         Raises:
             FileNotFoundError: the folder, the split or its images are not there.
-            ValueError: its classes cannot be the model's, or see `datasets.build_dataset`.
+            InputError: its classes cannot be the model's, or see `datasets.build_dataset`.
         """
         dataset = datasets.build_dataset(source, split, self.transform(as_bytes), self.class_names)
         datasets.check_classes(dataset, self.model.num_classes)
@@ -106,7 +106,7 @@ class ResultFile(NamedTuple):
     def check(self) -> None:
         """Raise ValueError where the checkpoint has a layout that takes no results."""
         if self.json is None and not isinstance(read_file(self.checkpoint).get("model"), dict):
-            raise ValueError(f"{self.checkpoint} takes no results: name a JSON file for them with --results")
+            raise InputError(f"{self.checkpoint} takes no results: name a JSON file for them with --results")
 
     def add(self, results: Results, extra: dict[str, Any]) -> None:
         """Merge results into the file; `extra` goes to JSON alone."""

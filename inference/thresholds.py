@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.exits import Predictions, leaves
+from utils import InputError
 
 NEVER = 1e8  # the value in published checkpoints
 
@@ -69,13 +70,13 @@ def best_thresholds(
         [T,E-1].
 
     Raises:
-        ValueError: the model has one exit, or more than three; a budget is below the cost of the first exit.
+        InputError: the model has one exit, or more than three; a budget is below the cost of the first exit.
     """
     n, exits = predictions.confidence.shape
     if exits not in (2, 3):
-        raise ValueError(f"the search takes models with 2 or 3 exits, this one has {exits}")
+        raise InputError(f"the search takes models with 2 or 3 exits, this one has {exits}")
     if budgets.min() < gflops[0]:
-        raise ValueError(
+        raise InputError(
             f"a budget of {budgets.min():.3f} GFLOPs is below the cost of the first exit, {gflops[0]:.3f}"
         )
     firsts = torch.tensor([NEVER])

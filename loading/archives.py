@@ -24,7 +24,7 @@ from timm.data.readers import create_reader
 from torch.utils.data import Dataset
 
 from loading.images import load_image
-from utils import write_atomically
+from utils import InputError, write_atomically
 
 if TYPE_CHECKING:
     import lmdb
@@ -37,7 +37,7 @@ def import_extra(package: str, purpose: str) -> ModuleType:
     try:
         return import_module(package)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{purpose} needs the package {package}: pip install {package}") from error
+        raise InputError(f"{purpose} needs the package {package}: pip install {package}") from error
 
 
 def import_lmdb() -> ModuleType:
@@ -57,7 +57,7 @@ class Archive(Dataset):
         transform: from image to model input.
 
     Raises:
-        ValueError: the archive has classes that the model lacks.
+        InputError: the archive has classes that the model lacks.
     """
 
     side = 0
@@ -68,13 +68,13 @@ class Archive(Dataset):
         self.source, self.transform = source, transform
         if isinstance(names, int):  # the numbers are then taken to be those of the model
             if model_classes and names > len(model_classes):
-                raise ValueError(f"{source} has {names} classes, but the model {len(model_classes)}")
+                raise InputError(f"{source} has {names} classes, but the model {len(model_classes)}")
             self.classes = model_classes or [str(number) for number in range(names)]
             self.numbers = list(range(names))
         else:
             self.classes = model_classes or names
             if unknown := sorted(set(names) - set(self.classes)):
-                raise ValueError(
+                raise InputError(
                     f"{source} has the class {unknown[0]!r}, which is not among the model's classes"
                 )
             order = {name: number for number, name in enumerate(self.classes)}
@@ -90,7 +90,7 @@ class Archive(Dataset):
         data, label = self.record(index)
         where = f"{self.source}, record {index}"
         if not isinstance(label, int) or not 0 <= label < len(self.numbers):
-            raise ValueError(f"{where} has the label {label!r}: it must be 0 to {len(self.numbers) - 1}")
+            raise InputError(f"{where} has the label {label!r}: it must be 0 to {len(self.numbers) - 1}")
         image = load_image(io.BytesIO(data), where, self.side)
         return (self.transform(image) if self.transform else image), self.numbers[label]
 
@@ -115,7 +115,7 @@ def environment(path: str) -> "lmdb.Environment":
     handles are kept here and not in the data set, which can then be pickled and forked into workers.
 
     Raises:
-        ValueError: the file is damaged, or the package lmdb is missing.
+        InputError: the file is damaged, or the package lmdb is missing.
     """
     process, handle = environments.get(path, (None, None))
     if process == os.getpid():
@@ -127,10 +127,10 @@ def environment(path: str) -> "lmdb.Environment":
     try:
         handle = lmdb.open(path, subdir=False, readonly=True, lock=False, readahead=False, meminit=False)
     except lmdb.Error as error:
-        raise ValueError(f"{path} is not a readable LMDB file ({error}): {again}") from error
+        raise InputError(f"{path} is not a readable LMDB file ({error}): {again}") from error
     if (handle.info()["last_pgno"] + 1) * handle.stat()["psize"] > os.path.getsize(path):
         handle.close()  # reading behind the end would kill the process
-        raise ValueError(f"{path} is cut off: copy it, or {again}")
+        raise InputError(f"{path} is cut off: copy it, or {again}")
     environments[path] = os.getpid(), handle
     return handle
 
@@ -142,7 +142,7 @@ def entry(path: str, key: bytes) -> bytes | None:
         with environment(path).begin() as transaction:
             return transaction.get(key)
     except lmdb.Error as error:
-        raise ValueError(f"{path}, key {key.decode()}: {error}; convert the folder again") from error
+        raise InputError(f"{path}, key {key.decode()}: {error}; convert the folder again") from error
 
 
 class Lmdb(Archive):
@@ -150,7 +150,7 @@ class Lmdb(Archive):
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, of another kind, or has classes that the model lacks.
+        InputError: it is damaged, of another kind, or has classes that the model lacks.
     """
 
     def __init__(self, path: str | Path, transform: Callable | None = None, classes: list[str] | None = None):
@@ -159,7 +159,7 @@ class Lmdb(Archive):
             raise FileNotFoundError(f"no file {path}: make it with scripts/folder2lmdb.py")
         first, length, names = (entry(self.path, key) for key in (b"0", LENGTH, CLASSES))
         if first is None or length is None or names is None or not first.startswith(MAGIC):
-            raise ValueError(
+            raise InputError(
                 f"{path} is of another layout, such as another script's pyarrow records:"
                 " convert the folder again with scripts/folder2lmdb.py"
             )
@@ -172,10 +172,10 @@ class Lmdb(Archive):
     def record(self, index: int) -> tuple[bytes, int]:
         value = entry(self.path, b"%d" % index)
         if value is None or len(value) < HEADER.size or value[:4] != MAGIC:
-            raise ValueError(f"{self.source}, record {index} is missing or damaged: convert the folder again")
+            raise InputError(f"{self.source}, record {index} is missing or damaged: convert the folder again")
         _, version, label = HEADER.unpack_from(value)
         if version != VERSION:
-            raise ValueError(f"{self.source}, record {index} has version {version}, known is {VERSION}")
+            raise InputError(f"{self.source}, record {index} has version {version}, known is {VERSION}")
         return value[HEADER.size :], label
 
 
@@ -204,7 +204,7 @@ class Shards(Archive):
         places = places_of(self.paths, key)
         for number, length in enumerate(lengths):
             if (count := np.count_nonzero(places["shard"] == number)) != length:
-                raise ValueError(f"{self.paths[number]} holds {count} images and _info.json says {length}")
+                raise InputError(f"{self.paths[number]} holds {count} images and _info.json says {length}")
         labelled = places["label"] >= 0  # timm leaves out a sample with -1 as well
         self.places = {name: column[labelled] for name, column in places.items()}
         if not len(self):
@@ -213,7 +213,7 @@ class Shards(Archive):
         file = root / "classes.txt"
         listed = [line.strip() for line in file.read_text().splitlines()] if file.is_file() else []
         if listed and largest >= len(listed):
-            raise ValueError(f"{file} has {len(listed)} classes, and there is a label {largest}")
+            raise InputError(f"{file} has {len(listed)} classes, and there is a label {largest}")
         super().__init__(f"{root} ({names[0]})", listed or largest + 1, classes, transform)
 
     def __len__(self) -> int:
@@ -296,7 +296,7 @@ def scan(path: Path, key: str) -> Iterator[tuple[int, int, int]]:
     Members in a row that share their name up to the first dot are one sample.
 
     Raises:
-        ValueError: the shard is damaged or compressed, or an image has no label, or a label no image.
+        InputError: the shard is damaged or compressed, or an image has no label, or a label no image.
     """
 
     def stem(member: tarfile.TarInfo) -> tuple[str, str]:
@@ -317,10 +317,10 @@ def scan(path: Path, key: str) -> Iterator[tuple[int, int, int]]:
                     text = tar.extractfile(parts["json" if key else "cls"]).read()
                     label = int(json.loads(text)[key] if key else text)
                 except (StopIteration, KeyError, ValueError, TypeError) as error:
-                    raise ValueError(
+                    raise InputError(
                         f"{path}: sample {folder and folder + '/'}{name} needs an image"
                         f" ({', '.join(Shards.IMAGES)}) and a class number in .{'json' if key else 'cls'}"
                     ) from error
                 yield image.offset_data, image.size, label
     except tarfile.TarError as error:
-        raise ValueError(f"{path} is not a readable tar file without compression ({error})") from error
+        raise InputError(f"{path} is not a readable tar file without compression ({error})") from error

@@ -16,6 +16,7 @@ from typing import Any
 
 from loading.archives import Archive
 from loading.images import BadImageError
+from utils import InputError
 
 
 class HuggingFace(Archive):
@@ -32,7 +33,7 @@ class HuggingFace(Archive):
 
     Raises:
         FileNotFoundError: there is no such set.
-        ValueError: it has no such split or columns, classes that the model lacks, or the package that reads
+        InputError: it has no such split or columns, classes that the model lacks, or the package that reads
             it is missing.
     """
 
@@ -60,7 +61,7 @@ class HuggingFace(Archive):
         if not names:
             numbers = self.columns[1].unique().to_pylist()
             if not numbers or not all(isinstance(number, int) for number in numbers):
-                raise ValueError(f"{source}: the column label must hold class numbers")
+                raise InputError(f"{source}: the column label must hold class numbers")
             names = max(numbers) + 1
         super().__init__(source, names, classes, transform)
 
@@ -72,16 +73,16 @@ class HuggingFace(Archive):
                     dataset = package.load_dataset(self.name, split=split, cache_dir=self.cache_dir)
                     dataset = dataset.cast_column("image", package.Image(decode=False))
                     if "label" not in dataset.column_names:
-                        raise ValueError(f"it has no column label but {', '.join(dataset.column_names)}")
+                        raise InputError(f"it has no column label but {', '.join(dataset.column_names)}")
                     # Where there is no column of that name, the cast has made one of nulls.
                     if nulls := dataset.data.column("image").null_count:
-                        raise ValueError(f"{nulls} of its rows have nothing in the column image")
+                        raise InputError(f"{nulls} of its rows have nothing in the column image")
                     return dataset
                 except FileNotFoundError:
                     raise
                 except Exception as error:  # the package raises many kinds
                     if "Unknown split" not in str(error) or split == self.splits[-1]:
-                        raise ValueError(f"hfds/{self.name} ({split}) cannot be opened: {error}") from error
+                        raise InputError(f"hfds/{self.name} ({split}) cannot be opened: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the table, so that a spawned worker opens its own."""
@@ -127,12 +128,12 @@ def load_hugging_face() -> ModuleType:
     """Import the package from anywhere but this project's folder, which comes first on the path.
 
     Raises:
-        ValueError: the package is not installed, or so old that it would run code of a data set.
+        InputError: the package is not installed, or so old that it would run code of a data set.
     """
     here = Path(__file__).resolve().parent.parent
     spec = PathFinder.find_spec("datasets", [path for path in sys.path if Path(path).resolve() != here])
     if spec is None or int(version("datasets").split(".")[0]) < 4:
-        raise ValueError(
+        raise InputError(
             "--data-set hfds/ needs the Hugging Face package datasets: pip install 'datasets>=4'"
         )
     package = module_from_spec(spec)

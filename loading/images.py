@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from utils import sum_over_ranks
+from utils import InputError, sum_over_ranks
 
 log = logging.getLogger("adaptive-vit")
 MAX_ASPECT = 500  # longer side over shorter: resizing the shorter one to model input would take gigabytes
@@ -65,15 +65,15 @@ def load_image(file: str | Path | BinaryIO, name: str | None = None, side: int =
 
 def as_rgb(image: Image.Image, side: int) -> Image.Image:
     if max(image.size) > MAX_ASPECT * min(image.size):
-        raise ValueError(f"its {image.width} x {image.height} pixels are a strip")
+        raise InputError(f"its {image.width} x {image.height} pixels are a strip")
     if side:
         image.draft("RGB", (side, side))
     if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers of no known range")
+        raise InputError("its pixels are floating-point numbers of no known range")
     if image.mode.startswith("I"):  # 16 bits, in a mode of 16 or 32
         pixels = np.asarray(image)
         if pixels.min() < 0 or pixels.max() >= 2**16:
-            raise ValueError("its pixels are 32-bit numbers of no known range")
+            raise InputError("its pixels are 32-bit numbers of no known range")
         image = Image.fromarray((pixels >> 8).astype(np.uint8))
     return image.convert("RGB")
 

@@ -24,6 +24,8 @@ from torch import Tensor
 from torchvision.ops import roi_align
 from torchvision.transforms import functional as TF
 
+from utils import InputError
+
 # Operations of timm's RandAugment that move pixels: the label has to follow. The others change colours alone.
 GEOMETRIC = {"Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel"}
 NEAREST = Image.Resampling.NEAREST
@@ -52,25 +54,25 @@ def load_label(path: str | Path, num_classes: int | None = None) -> Tensor:
         [2,T,G,G] float32.
 
     Raises:
-        ValueError: there is no such file, or it holds something else.
+        InputError: there is no such file, or it holds something else.
     """
     remedy = "make the token labels of this data set with scripts/make_token_labels.py"
     if not Path(path).is_file():
-        raise ValueError(f"no token label at {path}: {remedy}")
+        raise InputError(f"no token label at {path}: {remedy}")
     try:
         label = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a broken file
-        raise ValueError(f"{path} is not a tensor that can be read safely: remove it and {remedy}") from error
+        raise InputError(f"{path} is not a tensor that can be read safely: remove it and {remedy}") from error
     shape = list(label.shape) if isinstance(label, Tensor) else []
     if len(shape) != 4 or shape[0] != 2 or shape[2] != shape[3] or 0 in shape:
         content = shape or f"a {type(label).__name__}"
-        raise ValueError(f"{path} holds {content}, not scores and classes [2,T,G,G]: remove it and {remedy}")
+        raise InputError(f"{path} holds {content}, not scores and classes [2,T,G,G]: remove it and {remedy}")
     label = label.float()
     scores, classes = label
     valid = (classes >= 0) & (classes == classes.floor()) & (classes < (num_classes or float("inf")))
     if not (scores.isfinite().all() and valid.all()):
         limit = f" from 0 to {num_classes - 1}" if num_classes else ""
-        raise ValueError(f"{path} holds other numbers than finite scores and classes{limit}: {remedy}")
+        raise InputError(f"{path} holds other numbers than finite scores and classes{limit}: {remedy}")
     return label
 
 
@@ -129,7 +131,7 @@ class PairedTransform:
             `re_prob`, `re_mode`, `re_count`, `color_jitter`).
 
     Raises:
-        ValueError: the policy is not RandAugment, or timm does not take an argument.
+        InputError: the policy is not RandAugment, or timm does not take an argument.
     """
 
     def __init__(
@@ -144,7 +146,7 @@ class PairedTransform:
         if auto_augment == "none":
             auto_augment = None
         if auto_augment and not auto_augment.startswith("rand-"):
-            raise ValueError(f"auto_augment is {auto_augment!r}: token labels can follow rand-... or none")
+            raise InputError(f"auto_augment is {auto_augment!r}: token labels can follow rand-... or none")
         self.hflip, self.vflip = hflip, vflip
         try:
             crop, augment, self.finish = create_transform(
@@ -159,7 +161,7 @@ class PairedTransform:
             )
             (self.crop,) = crop.transforms
         except (AssertionError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
+            raise InputError(
                 f"cannot build the augmentation {auto_augment} {augmentation}: {type(error).__name__} {error}"
             ) from error
         self.augment = [pair_policy(t) if isinstance(t, RandAugment) else t for t in augment.transforms]

@@ -21,6 +21,7 @@ from models.flags import Flag
 from models.registry import register
 from models.vit import NANO, AdaptiveViT, Block, Knob, Picture, StageOutput
 from models.weights import file_name_readers
+from utils import InputError
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -131,7 +132,7 @@ class AViT(AdaptiveViT):
             its other tokens cost nothing more; `depth`, `rho` and `tokens` then tell what was executed.
 
     Raises:
-        ValueError: gate_scale, gate_center or ponder_token_scale is out of range.
+        InputError: gate_scale, gate_center or ponder_token_scale is out of range.
     """
 
     knobs = {"gate_center": Knob(float, -200.0, 200.0), "gate_scale": Knob(float, 0.0, 1000.0)}
@@ -156,7 +157,7 @@ class AViT(AdaptiveViT):
         scales = dict(gate_scale=gate_scale, gate_center=gate_center, ponder_token_scale=ponder_token_scale)
         for name, value in scales.items():
             if not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value}: take a number from 0 up")
+                raise InputError(f"{name} is {value}: take a number from 0 up")
         super().__init__(**vit)
         self.gate_scale, self.gate_center = gate_scale, gate_center
         self.ponder_token_scale, self.distr_prior_alpha = ponder_token_scale, distr_prior_alpha

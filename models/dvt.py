@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from models.registry import build, register
 from models.t2t import RECIPE, RECIPE_12, T2T_12, T2T_14, T2TViT, grid_sides
 from models.vit import NANO, Adaptive, AdaptiveViT, Block, StageOutput
+from utils import InputError
 
 REUSED = 48  # channels of the reused features
 ROWS = 4096  # of all maps that are mixed at once on a CPU
@@ -204,7 +205,7 @@ class DeiTExit(Exit):
     def __init__(self, exit: int, patch_size: int | None = None, img_size: int | None = None, **vit):
         img_size, sides = img_size or 14 * (patch_size or 16), (7, 10, 14)
         if img_size % 14 or patch_size not in (None, img_size // 14):
-            raise ValueError(f"img_size {img_size}, patch_size {patch_size}: the last exit has 14x14 patches")
+            raise InputError(f"img_size {img_size}, patch_size {patch_size}: the last exit has 14x14 patches")
         patch = -(-img_size // sides[exit])
         super().__init__(exit, sides, img_size=sides[exit] * patch, patch_size=patch, **vit)
         self.padding, self.img_size = (self.img_size - img_size) // 2, img_size

@@ -18,6 +18,7 @@ from models.flags import Flag
 from models.registry import build, register
 from models.selection import original_patches, take, top_patches
 from models.vit import NANO, AdaptiveViT, Knob, Picture, StageOutput
+from utils import InputError
 
 
 def block_numbers(text: str) -> list[int]:
@@ -53,7 +54,7 @@ class EViT(AdaptiveViT):
             constructor's, 1 disables dropping.
 
     Raises:
-        ValueError: the rate, a block number or an epoch is out of range.
+        InputError: the rate, a block number or an epoch is out of range.
     """
 
     knobs = {"keep_rate": Knob(float, 0.05, 1.0)}
@@ -78,7 +79,7 @@ class EViT(AdaptiveViT):
         **vit,
     ):
         if min(shrink_start_epoch, shrink_epochs) < 0:
-            raise ValueError(
+            raise InputError(
                 f"shrink_start_epoch {shrink_start_epoch}, shrink_epochs {shrink_epochs}: take 0 or more"
             )
         self.num_prefix_tokens = 1 + distilled  # read by make_pos_embed, which the base constructor calls
@@ -86,7 +87,7 @@ class EViT(AdaptiveViT):
         blocks = [drop_loc] if isinstance(drop_loc, int) else list(drop_loc)
         depth = len(self.blocks)
         if not all(isinstance(i, int) and 0 <= i < depth for i in blocks) or len(set(blocks)) < len(blocks):
-            raise ValueError(f"drop_loc is {drop_loc}: take different block numbers from 0 to {depth - 1}")
+            raise InputError(f"drop_loc is {drop_loc}: take different block numbers from 0 to {depth - 1}")
         self.drop_loc, self.fuse_token = frozenset(blocks), fuse_token
         self.base_keep_rate = keep_rate
         self.keep_rate = keep_rate
@@ -102,7 +103,7 @@ class EViT(AdaptiveViT):
     @keep_rate.setter
     def keep_rate(self, rate: float) -> None:
         if not 0 < rate <= 1:
-            raise ValueError(f"keep_rate is {rate}: take a share in (0, 1]")
+            raise InputError(f"keep_rate is {rate}: take a share in (0, 1]")
         self.rate = rate
         # A compiled stage reads these whole numbers and not the rate: it makes whole numbers that change
         # symbols, so that a moving rate does not compile it anew, and a float a constant.
@@ -120,7 +121,7 @@ class EViT(AdaptiveViT):
     def check_images(self, images: Tensor) -> None:
         height, width = images.shape[-2:] if images.ndim == 4 else (0, 1)
         if height != width or height % self.patch_size:
-            raise ValueError(
+            raise InputError(
                 f"images are {tuple(images.shape)}, expected [B,3,S,S], S a multiple of {self.patch_size}"
             )
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils import InputError
+
 
 def confidence(logits: Tensor) -> Tensor:
     """Return the maximum softmax probability [B], in float32."""
@@ -105,10 +107,10 @@ def budget_threshold(predictions: Predictions, gflops: list[float], budget: floa
         budget: mean GFLOPs per image.
 
     Raises:
-        ValueError: even leaving at the first exit costs more.
+        InputError: even leaving at the first exit costs more.
     """
     if budget < gflops[0]:
-        raise ValueError(f"a budget of {budget} GFLOPs is below the cost of the first exit, {gflops[0]:.3f}")
+        raise InputError(f"a budget of {budget} GFLOPs is below the cost of the first exit, {gflops[0]:.3f}")
     # The cost changes only at the confidences that occur and never falls as the threshold rises, so bisect
     # over them.
     levels = torch.cat([predictions.confidence[:, :-1].flatten(), torch.tensor([0.0, 1.0])]).unique()
@@ -136,7 +138,7 @@ def force_exits(confidence: Tensor, counts: list[int]) -> tuple[Tensor, list[flo
         Rows of the chosen images [sum(counts)] and a threshold per exit but the last.
 
     Raises:
-        ValueError: too many images have the same confidence.
+        InputError: too many images have the same confidence.
     """
     left, chosen, thresholds = torch.arange(len(confidence)), [], []
     for k, count in enumerate(counts[:-1]):
@@ -150,7 +152,7 @@ def force_exits(confidence: Tensor, counts: list[int]) -> tuple[Tensor, list[flo
             continue
         low, high = confidence[leave, k].min(), confidence[left, k].max()
         if not low > high:
-            raise ValueError(
+            raise InputError(
                 f"exit {k} is equally sure of too many images ({low:.4g}): no share can be forced"
             )
         # The middle may round to the lower confidence, whose image has to stay.

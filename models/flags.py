@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from utils import InputError
+
 
 class Flag(NamedTuple):
     """A command-line flag of a constructor argument, which a method declares on its class.
@@ -98,13 +100,13 @@ def key_values(flag: str, pairs: list[str]) -> dict[str, Any]:
     """Read KEY=VALUE arguments; a value is spelt as in JSON or Python, or else is a string.
 
     Raises:
-        ValueError: an argument is of another form.
+        InputError: an argument is of another form.
     """
     arguments = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
-            raise ValueError(f"{flag} takes KEY=VALUE, not {pair!r}")
+            raise InputError(f"{flag} takes KEY=VALUE, not {pair!r}")
         arguments[key] = text
         for read in (json.loads, ast.literal_eval):
             try:

@@ -14,6 +14,7 @@ from models.flags import Flag
 from models.registry import register
 from models.selection import refine, take
 from models.vit import NANO, StageOutput
+from utils import InputError
 
 
 class Stem(nn.Module):
@@ -22,7 +23,7 @@ class Stem(nn.Module):
     def __init__(self, patch_size: int, embed_dim: int, width: int):
         super().__init__()
         if patch_size % 2:
-            raise ValueError(f"patch_size is {patch_size}: the stem halves the image, take an even one")
+            raise InputError(f"patch_size is {patch_size}: the stem halves the image, take an even one")
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)

@@ -7,6 +7,7 @@ from typing import Any
 from timm.models import register_model
 
 from models.vit import NANO, Adaptive, AdaptiveViT, init_weights
+from utils import InputError
 
 registered: dict[str, tuple[type[Adaptive], dict[str, Any]]] = {}  # name -> class and recipe
 TIMM_OPTIONS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # what timm.create_model adds
@@ -18,15 +19,15 @@ def build(cls: type[AdaptiveViT], defaults: dict[str, Any], kwargs: dict[str, An
     """Build and initialise a model from a name's defaults, overridden by the caller's arguments.
 
     Raises:
-        ValueError: pretrained weights are asked for (none are hosted), or an argument is not the model's.
+        InputError: pretrained weights are asked for (none are hosted), or an argument is not the model's.
     """
     kwargs = {name: value for name, value in kwargs.items() if name not in TIMM_OPTIONS}
     if kwargs.pop("pretrained", False):
-        raise ValueError("no weights are hosted for this model: load a file with --finetune or --resume")
+        raise InputError("no weights are hosted for this model: load a file with --finetune or --resume")
     try:
         return init_weights(cls(**(defaults | kwargs)))
     except TypeError as error:
-        raise ValueError(f"{cls.__name__}: {str(error).split('__init__() ')[-1]}") from error
+        raise InputError(f"{cls.__name__}: {str(error).split('__init__() ')[-1]}") from error
 
 
 def register(

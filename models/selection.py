@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils import InputError
+
 
 def top_patches(scores: Tensor, k: int) -> Tensor:
     """Indices of the `k` highest scores, best first; of equal scores the lower index comes first.
@@ -47,10 +49,10 @@ def region_table(grid_size: int, region_size: int) -> Tensor:
         [(g-m+1)**2, g*g] int64; every row is a permutation of the grid's patches.
 
     Raises:
-        ValueError: the region is empty or does not fit into the grid.
+        InputError: the region is empty or does not fit into the grid.
     """
     if not 1 <= region_size <= grid_size:
-        raise ValueError(
+        raise InputError(
             f"region_size is {region_size}: take 1 to {grid_size}, the side of the location grid"
         )
     corners = grid_size - region_size + 1

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.registry import register
 from models.vit import AdaptiveViT
+from utils import InputError
 
 Window = tuple[int, int, int]  # kernel, stride and padding of an unfold
 LATER: Window = (3, 2, 1)  # the second and the third unfold
@@ -87,9 +88,9 @@ class TokensToToken(nn.Module):
     def __init__(self, embed_dim: int, sides: list[int], window: Window, tokens_type: str, token_dim: int):
         super().__init__()
         if tokens_type not in TOKENISERS:
-            raise ValueError(f"tokens_type is {tokens_type!r}: take one of {', '.join(TOKENISERS)}")
+            raise InputError(f"tokens_type is {tokens_type!r}: take one of {', '.join(TOKENISERS)}")
         if not isinstance(token_dim, int) or token_dim < 2:
-            raise ValueError(f"token_dim is {token_dim!r}: take a whole number from 2 up")
+            raise InputError(f"token_dim is {token_dim!r}: take a whole number from 2 up")
         unfolds = [nn.Unfold(k, stride=s, padding=p) for k, s, p in (window, LATER, LATER)]
         self.sides, self.unfolds = sides, nn.ModuleList(unfolds)
         self.attention1 = TOKENISERS[tokens_type](3 * window[0] ** 2, token_dim)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from models.flags import Flag
 from models.selection import refine, take
 from models.vit import AdaptiveViT, Picture, StageOutput
+from utils import InputError
 
 
 class TwoStageViT(AdaptiveViT):
@@ -66,9 +67,9 @@ class TwoStageViT(AdaptiveViT):
         **vit,
     ):
         if not (isinstance(stage_size, int) and stage_size >= 1):
-            raise ValueError(f"stage size is {stage_size}: take a grid of at least one patch a side")
+            raise InputError(f"stage size is {stage_size}: take a grid of at least one patch a side")
         if not 0 < alpha <= 1:
-            raise ValueError(f"alpha is {alpha}: take a share in (0, 1]")
+            raise InputError(f"alpha is {alpha}: take a share in (0, 1]")
         self.stage_size = stage_size  # read by make_pos_embed, which the base constructor calls
         super().__init__(img_size=2 * patch_size * stage_size, patch_size=patch_size, **vit)
         self.beta = beta

@@ -22,6 +22,7 @@ from timm.layers import (
 from torch import Tensor, nn
 
 from models.flags import Flag
+from utils import InputError
 
 
 class StageOutput(NamedTuple):
@@ -80,7 +81,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True):
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"embed_dim {dim} is not a multiple of num_heads {num_heads}")
+            raise InputError(f"embed_dim {dim} is not a multiple of num_heads {num_heads}")
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
@@ -220,7 +221,7 @@ class Adaptive(nn.Module):
 
 def check_init(init: str) -> str:
     if init not in ("deit", "fan_in"):
-        raise ValueError(f"init is {init!r}: take 'deit' or 'fan_in'")
+        raise InputError(f"init is {init!r}: take 'deit' or 'fan_in'")
     return init
 
 
@@ -257,11 +258,11 @@ class AdaptiveViT(Adaptive):
         sizes = dict(patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
         for name, size in (sizes | dict(num_classes=num_classes, img_size=img_size)).items():
             if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} is {size!r}: take a whole number from 1 up")
+                raise InputError(f"{name} is {size!r}: take a whole number from 1 up")
         if not 0 <= drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate is {drop_path_rate}: take 0 to below 1")
+            raise InputError(f"drop_path_rate is {drop_path_rate}: take 0 to below 1")
         if img_size % patch_size:
-            raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
+            raise InputError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
         self.img_size, self.patch_size, self.num_classes, self.embed_dim = (
             img_size,
             patch_size,
@@ -296,7 +297,7 @@ class AdaptiveViT(Adaptive):
 
     def check_images(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[-2:] != (self.img_size, self.img_size):
-            raise ValueError(
+            raise InputError(
                 f"images are {tuple(images.shape)}, expected [B,3,{self.img_size},{self.img_size}]"
             )
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.registry import registered
 from models.vit import Adaptive, StageOutput
+from utils import InputError
 
 log = logging.getLogger("adaptive-vit")
 # From the path of a published file to `model_name` and `model_kwargs`, as far as its name tells them.
@@ -20,16 +21,16 @@ file_name_readers: list[Callable[[Path], dict[str, Any]]] = []
 def create_model(name: str | None, kwargs: dict[str, Any]) -> Adaptive:
     """Build a model by name, with one line of error for what timm does not know or does not take."""
     if not name:
-        raise ValueError("no model given: name one with --model")
+        raise InputError("no model given: name one with --model")
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
-        raise ValueError(f"unknown model {name!r}" + (f"; there are {close}" if close else ""))
+        raise InputError(f"unknown model {name!r}" + (f"; there are {close}" if close else ""))
     try:
         model = timm.create_model(name, **kwargs)
     except TypeError as error:  # a model of timm does not take the argument
-        raise ValueError(f"{name}: {str(error).split('__init__() ')[-1]}") from error
+        raise InputError(f"{name}: {str(error).split('__init__() ')[-1]}") from error
     if not isinstance(model, Adaptive):
-        raise ValueError(f"{name} is a plain timm model: it can be a --baseline, no more")
+        raise InputError(f"{name} is a plain timm model: it can be a --baseline, no more")
     return model
 
 
@@ -56,10 +57,10 @@ def baseline_model(
         kwargs: further constructor arguments.
 
     Raises:
-        ValueError: there is no such model, or it does not take images of this size or the arguments.
+        InputError: there is no such model, or it does not take images of this size or the arguments.
     """
     if not timm.is_model(name):
-        raise ValueError(f"unknown model {name!r}")
+        raise InputError(f"unknown model {name!r}")
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
     try:
@@ -68,7 +69,7 @@ def baseline_model(
         try:
             model = timm.create_model(name, **kwargs)
         except TypeError as error:
-            raise ValueError(f"{name}: {str(error).split('__init__() ')[-1]}") from error
+            raise InputError(f"{name}: {str(error).split('__init__() ')[-1]}") from error
     if not isinstance(model, Adaptive):
         side = img_size or kwargs.get("img_size", model.pretrained_cfg["input_size"][-1])
         model = OneStage(model, side).eval()
@@ -76,9 +77,9 @@ def baseline_model(
             with torch.no_grad():
                 model(torch.zeros(1, 3, side, side))
         except (AssertionError, RuntimeError) as error:
-            raise ValueError(f"{name} takes no images of {side} pixels ({error})") from error
+            raise InputError(f"{name} takes no images of {side} pixels ({error})") from error
     if img_size not in (None, model.img_size):
-        raise ValueError(f"{name} takes images of {model.img_size} pixels, not {img_size}")
+        raise InputError(f"{name} takes images of {model.img_size} pixels, not {img_size}")
     return model.eval()
 
 
@@ -86,14 +87,14 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> Non
     """Load a state dict strictly.
 
     Raises:
-        ValueError: names or shapes differ, as for a checkpoint of another model or stage size.
+        InputError: names or shapes differ, as for a checkpoint of another model or stage size.
     """
     own = model.state_dict()
     shapes = [name for name in own if name in state and own[name].shape != state[name].shape]
     if shapes:
         name = shapes[0]
         theirs, ours = tuple(state[name].shape), tuple(own[name].shape)
-        raise ValueError(
+        raise InputError(
             f"{source} does not fit the model: {name} is {theirs} there and {ours} here"
             f" ({len(shapes)} such tensors); check --model, its stage size and the number of classes"
         )
@@ -101,7 +102,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> Non
     if missing or unknown:
         parts = [f"lacks {len(missing)} tensors ({missing[0]}, ...)"] if missing else []
         parts += [f"has {len(unknown)} unknown ones ({unknown[0]}, ...)"] if unknown else []
-        raise ValueError(f"{source} is of another model: it {' and '.join(parts)}")
+        raise InputError(f"{source} is of another model: it {' and '.join(parts)}")
     model.load_state_dict(state)
 
 
@@ -148,16 +149,16 @@ def model_from_checkpoint(
         The model, its name and its constructor arguments.
 
     Raises:
-        ValueError: the checkpoint is of another model or lacks what was asked for.
+        InputError: the checkpoint is of another model or lacks what was asked for.
     """
     saved = checkpoint.get("model_name")
     if name and saved and name != saved:
-        raise ValueError(
+        raise InputError(
             f"{source} is a checkpoint of {saved}, not of {name}; leave --model out or name {saved}"
         )
     weights = checkpoint.get("model_ema") if use_ema else checkpoint["model"]
     if weights is None:
-        raise ValueError(f"{source} holds no averaged weights (model_ema); leave --use-ema out")
+        raise InputError(f"{source} holds no averaged weights (model_ema); leave --use-ema out")
     if "model_kwargs" in checkpoint:
         kwargs = checkpoint["model_kwargs"] | kwargs
     else:
@@ -169,7 +170,7 @@ def model_from_checkpoint(
     load_weights(model, weights, source)
     names = checkpoint.get("class_names")
     if names and len(names) != model.num_classes:
-        raise ValueError(f"{source} names {len(names)} classes and its model has {model.num_classes}")
+        raise InputError(f"{source} names {len(names)} classes and its model has {model.num_classes}")
     return model, name or saved, kwargs
 
 
@@ -177,13 +178,13 @@ def initialise_from(model: Adaptive, state: dict[str, Tensor], source: str) -> N
     """Start a model from the weights of a timm, DeiT or own checkpoint, and name what was not loaded.
 
     Raises:
-        ValueError: no tensor of the file fits.
+        InputError: no tensor of the file fits.
     """
     state = model.adapt_state_dict(state)
     own = model.state_dict()
     fits = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
     if not fits:
-        raise ValueError(f"{source}: none of its {len(state)} tensors fits the model")
+        raise InputError(f"{source}: none of its {len(state)} tensors fits the model")
     model.load_state_dict(fits, strict=False)
     log.info("initialised %d of %d tensors from %s", len(fits), len(own), source)
     for what, names in (("as initialised", own.keys() - fits), ("not used", state.keys() - fits)):

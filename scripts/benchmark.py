@@ -29,7 +29,7 @@ from benchmarks.timing import cpu_name, device_name, dtype_name
 from engine import Precision
 from inference import streaming
 from models.registry import registered
-from utils import NON_NEGATIVE, NON_NEGATIVE_INT, POSITIVE_INT, SHARE, log
+from utils import NON_NEGATIVE, NON_NEGATIVE_INT, POSITIVE_INT, SHARE, InputError, log
 
 BASELINE = "deit_small_patch16_224"
 # What Liang et al. 2022 (arXiv 2202.07800) timed their models against.
@@ -117,7 +117,7 @@ def choose_models(name: str | None, further: list[str], default: list[str]) -> l
         default: taken where neither is given.
 
     Raises:
-        ValueError: a further model is unknown.
+        InputError: a further model is unknown.
     """
     listed = LISTS[name] if name else [] if further else default
     dropped = [text for text in listed if not timm.is_model(text.partition(":")[0])]
@@ -197,12 +197,12 @@ def main() -> None:
     utils.start_logging(utils.Context(torch.device("cpu"), 0, 1))
     args = make_parser().parse_args()
     if args.loader and ("auto" in args.batch_size or args.png):
-        raise ValueError("--loader takes --batch-size as numbers, and draws no --png")
+        raise InputError("--loader takes --batch-size as numbers, and draws no --png")
     default = [args.baseline] if args.loader else LISTS["project"]
     specs, baseline = choose_models(args.list, args.models, default), ModelSpec.of(args.baseline)
     context = utils.start(args.device, args.seed)
     if "auto" in args.batch_size and context.device.type != "cuda" and not args.max_batch:
-        raise ValueError(f"--batch-size auto on {context.device.type}: say how far with --max-batch N")
+        raise InputError(f"--batch-size auto on {context.device.type}: say how far with --max-batch N")
     # Say on what and how models run.
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -21,7 +21,7 @@ from tabulate import tabulate
 import utils
 from checkpointing.format import Results, load_checkpoint, load_json
 from inference.pictures import common_threshold, draw_curve
-from utils import log
+from utils import InputError, log
 
 HEADER = ["", "full MFLOPs", "val top-1 %", "test top-1 %", "first exit, test"]
 HEADER += ["threshold*", "mean MFLOPs*", "test top-1 %*"]
@@ -116,7 +116,7 @@ def main() -> None:
     args = make_parser().parse_args()
     systems = {system.name: system for system in args.systems}
     if unknown := {name for pair in args.teacher for name in pair} - systems.keys():
-        raise ValueError(f"--teacher names no system: {', '.join(sorted(unknown))}")
+        raise InputError(f"--teacher names no system: {', '.join(sorted(unknown))}")
     teachers = {name: systems[teacher] for name, teacher in args.teacher}
     utils.start_logging(utils.start("cpu"))
     data, output = args.data.resolve(), args.output.resolve()

@@ -17,7 +17,7 @@ from checkpointing.format import Results, load_checkpoint, save_checkpoint
 from inference.session import open_model
 from models import flags
 from models.cost import exit_gflops
-from utils import log
+from utils import InputError, log
 
 
 def make_parser() -> utils.Parser:
@@ -35,14 +35,14 @@ def class_names(file: str, count: int) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it has another number of lines than the model has classes.
+        InputError: it has another number of lines than the model has classes.
     """
     try:
         names = Path(file).read_text().splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"--classes {file} is no text file") from error
+        raise InputError(f"--classes {file} is no text file") from error
     if len(names) != count:
-        raise ValueError(f"--classes {file} has {len(names)} lines, the model {count} classes")
+        raise InputError(f"--classes {file} has {len(names)} lines, the model {count} classes")
     return names
 
 
@@ -50,9 +50,9 @@ def main() -> None:
     args = make_parser().parse_args()
     utils.start_logging(utils.start("cpu"))
     if args.output.suffix not in (".pth", ".safetensors"):
-        raise ValueError(f"{args.output}: name a .pth or a .safetensors file")
+        raise InputError(f"{args.output}: name a .pth or a .safetensors file")
     if args.output.exists():
-        raise ValueError(f"{args.output} is there already: remove it or name another")
+        raise InputError(f"{args.output} is there already: remove it or name another")
     kwargs = flags.constructor_kwargs(vars(args))
     trained = open_model(load_checkpoint(args.input), args.input, args.model, kwargs, args.use_ema)
     count = trained.model.num_classes

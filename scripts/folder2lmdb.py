@@ -23,7 +23,7 @@ import torch
 import datasets
 import utils
 from loading import archives
-from utils import log
+from utils import InputError, log
 
 if TYPE_CHECKING:
     import lmdb
@@ -79,7 +79,7 @@ def fill(
     """Write the images that a file lacks, and compare all of it with the folder.
 
     Raises:
-        ValueError: the file is of another folder, or the folder has changed since it was read.
+        InputError: the file is of another folder, or the folder has changed since it was read.
     """
     source, total = source_of(folder), len(folder)
     with environment.begin() as transaction:
@@ -87,7 +87,7 @@ def fill(
     if stored is None:
         put(environment, [(SOURCE, source), (archives.CLASSES, json.dumps(folder.classes).encode())])
     elif stored != source:
-        raise ValueError("it was begun with other classes or files")
+        raise InputError("it was begun with other classes or files")
     done = count(environment)
     with utils.progress(total, initial=done) as bar:
         if done:
@@ -101,10 +101,10 @@ def fill(
             with environment.begin(buffers=True) as transaction:
                 for key, value in items:
                     if transaction.get(key) != value:
-                        raise ValueError(f"{folder.samples[int(key)][0]} has changed since it was read")
+                        raise InputError(f"{folder.samples[int(key)][0]} has changed since it was read")
             advance(bar, len(items), f"{name}: compared")
     if count(environment) != total:
-        raise ValueError(f"it holds {count(environment)} images instead of {total}")
+        raise InputError(f"it holds {count(environment)} images instead of {total}")
 
 
 def advance(bar, images: int, text: str) -> None:
@@ -129,14 +129,14 @@ def convert(
         map_size: bytes that the file may take at first.
 
     Raises:
-        ValueError: there is a file of other images, the images have changed meanwhile, or lmdb is missing.
+        InputError: there is a file of other images, the images have changed meanwhile, or lmdb is missing.
         OSError: the file cannot be written.
     """
     lmdb = archives.import_lmdb()
     if target.exists():
         archives.Lmdb(target)
         if archives.entry(os.path.abspath(target), SOURCE) != source_of(folder):
-            raise ValueError(f"{target} holds other images than {folder.root}: remove it, or give --output")
+            raise InputError(f"{target} holds other images than {folder.root}: remove it, or give --output")
         log.info("%s is there already", target)
         return
     unfinished = target.with_name(f".{target.name}.part")
@@ -144,7 +144,7 @@ def convert(
         with lmdb.open(str(unfinished), subdir=False, map_size=map_size) as environment:
             fill(environment, folder, target.name, batch, threads)
     except ValueError as error:
-        raise ValueError(f"{unfinished}: {error}; remove it and begin anew") from error
+        raise InputError(f"{unfinished}: {error}; remove it and begin anew") from error
     except lmdb.Error as error:
         raise OSError(f"cannot write {unfinished}: {error}") from error
     os.replace(unfinished, target)

@@ -29,6 +29,7 @@ from loading.loaders import EvalLoader, Shard
 from loading.token_labels import label_path
 from models import AdaptiveViT
 from models.weights import load_weights, model_from_checkpoint
+from utils import InputError
 
 LARGEST_HALF = 2048  # half precision holds whole numbers up to this one
 
@@ -36,17 +37,17 @@ LARGEST_HALF = 2048  # half precision holds whole numbers up to this one
 def load_own(name: str, checkpoint: dict, source: str | None, options: dict) -> tuple[nn.Module, dict]:
     """Return a plain model of this project with the weights of a checkpoint, and its data config."""
     if source is None:
-        raise ValueError(f"{name} has no published weights: give --checkpoint")
+        raise InputError(f"{name} has no published weights: give --checkpoint")
     model, *_ = model_from_checkpoint(checkpoint, source, name, options)
     if type(model) is not AdaptiveViT:  # the others leave tokens out, or see the image in two resolutions
-        raise ValueError(f"{name} does not classify every patch: take a plain one such as deit_nano")
+        raise InputError(f"{name} does not classify every patch: take a plain one such as deit_nano")
     return model, datasets.DATA_CONFIG | {"img_size": model.img_size}
 
 
 def load_timm(name: str, checkpoint: dict, source: str | None, options: dict) -> tuple[nn.Module, dict]:
     """Return a model of timm with the weights of a checkpoint or its published ones, and its data config."""
     if source is None and not timm.models.is_model_pretrained(name):
-        raise ValueError(f"{name} has no published weights: give --checkpoint")
+        raise InputError(f"{name} has no published weights: give --checkpoint")
     published = timm.get_pretrained_cfg(name)
     side = options.get("img_size")
     kwargs = options if published and published.fixed_input_size else {}  # others take any size as they are
@@ -76,14 +77,14 @@ def load_classifier(
         The model in evaluation mode, its data config, and the checkpoint, {} without one.
 
     Raises:
-        ValueError: the model is unknown, has no weights, or does not fit them.
+        InputError: the model is unknown, has no weights, or does not fit them.
     """
     checkpoint = load_checkpoint(source) if source else {}
     name = name or checkpoint.get("model_name")
     if not name:
-        raise ValueError("no model given: name one with --model")
+        raise InputError("no model given: name one with --model")
     if not timm.is_model(name):
-        raise ValueError(f"unknown model {name!r}: --model takes any model of timm or of this project")
+        raise InputError(f"unknown model {name!r}: --model takes any model of timm or of this project")
     own = timm.model_entrypoint(name).__module__.startswith("models.")
     options = {"img_size": img_size} if img_size else {}
     model, config = (load_own if own else load_timm)(name, checkpoint, source, options)
@@ -101,7 +102,7 @@ def cell_logits(model: nn.Module, images: Tensor) -> Tensor:
         [B,K,h,w].
 
     Raises:
-        ValueError: the model has no square grid of features.
+        InputError: the model has no square grid of features.
     """
     if isinstance(model, AdaptiveViT):
         x = model.patch_embed(images)
@@ -125,10 +126,10 @@ def cell_logits(model: nn.Module, images: Tensor) -> Tensor:
             copies = patches.flatten(0, 1)[:, None].expand(-1, prefix + 1, -1)
             logits = model.forward_head(copies).unflatten(0, patches.shape[:2])
         else:
-            raise ValueError(f"{type(model).__name__} has no features by patch: take another --model")
+            raise InputError(f"{type(model).__name__} has no features by patch: take another --model")
     side = math.isqrt(logits.shape[1])
     if side**2 != logits.shape[1]:
-        raise ValueError(
+        raise InputError(
             f"{type(model).__name__} has {logits.shape[1]} patches, no square: take another --model"
         )
     return logits.transpose(1, 2).unflatten(2, (side, side))
@@ -152,17 +153,17 @@ def plan(data: datasets.Folder, output: Path, record: dict) -> list[tuple[int, P
     """List the numbers of the images that have no label yet, each with its file; make the folders.
 
     Raises:
-        ValueError: two images would share a label, or the output holds labels of another kind.
+        InputError: two images would share a label, or the output holds labels of another kind.
     """
     sources: dict[Path, Path] = {}
     for path, _ in data.samples:
         target = label_path(output, path)
         if target in sources:
-            raise ValueError(f"{path} and {sources[target]} have one name up to the first dot: rename one")
+            raise InputError(f"{path} and {sources[target]} have one name up to the first dot: rename one")
         sources[target] = path
     file = output / "labels.json"
     if file.exists() and load_json(file) != record:
-        raise ValueError(f"{output} holds labels made otherwise (see {file}): give another --output")
+        raise InputError(f"{output} holds labels made otherwise (see {file}): give another --output")
     for folder in {target.parent for target in sources}:
         folder.mkdir(parents=True, exist_ok=True)
     save_json(record, file)
@@ -207,7 +208,7 @@ def main() -> None:
     transform = datasets.eval_transform(config["img_size"], look)
     data = datasets.build_dataset(datasets.DataSource("IMNET", args.data_path), "train", transform)
     if len(data.classes) != classes or checkpoint.get("class_names", data.classes) != data.classes:
-        raise ValueError(
+        raise InputError(
             f"{config['name']} knows other classes ({classes}) than {args.data_path} ({len(data.classes)}):"
             " labels name classes by number, so take a classifier of this very data set"
         )

@@ -12,6 +12,7 @@ import utils
 from checkpointing.format import Results, load_checkpoint, load_json
 from inference.pictures import common_threshold
 from models.weights import model_from_checkpoint
+from utils import InputError
 
 # What the quickstart has to reach: percentage points for "gain", else percent.
 PASS = {"gain": 6.0, "coverage": 90.0, "accuracy": 99.0, "cost": 75.0}
@@ -82,11 +83,11 @@ def main() -> None:
     checkpoint, stored = load_checkpoint(args.checkpoint), load_json(args.results)
     model, name, _ = model_from_checkpoint(checkpoint, args.checkpoint, None, {})
     if model.num_exits == 1:
-        raise ValueError(f"{args.checkpoint}: {name} has one exit; the table is of early exit")
+        raise InputError(f"{args.checkpoint}: {name} has one exit; the table is of early exit")
     val, test = Results.of(checkpoint), Results.of(stored)
     for file, results in ((args.checkpoint, val), (args.results, test)):
         if results.budgeted_batch_classification is None:
-            raise ValueError(f"{file} holds no curve: run dynamic_inference.py --eval-mode 1 first")
+            raise InputError(f"{file} holds no curve: run dynamic_inference.py --eval-mode 1 first")
     print_accuracy(name, model.stage_names, test)
     if "baseline" in stored.get("timed", {}):
         print_speed(name, stored["timed"])

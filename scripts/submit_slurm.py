@@ -31,7 +31,7 @@ except ImportError:  # only submitting needs it: --help and the tests of the fla
 import main_deit
 import utils
 from checkpointing.folder import NEWEST
-from utils import POSITIVE_INT
+from utils import POSITIVE_INT, InputError
 
 SIGNAL_DELAY = 120  # seconds between the signal and the time limit
 MAX_TIMEOUTS = 30
@@ -139,7 +139,7 @@ def parse(argv: list[str]) -> tuple[JobFlags, list[str]]:
     """Return own flags, and main_deit.py's arguments in the order they were given.
 
     Raises:
-        ValueError: a flag has no good value, or main_deit.py would refuse its arguments.
+        InputError: a flag has no good value, or main_deit.py would refuse its arguments.
     """
     end = argv.index("--") if "--" in argv else len(argv)
     args, rest = make_parser().parse_known_args(argv[:end])
@@ -154,20 +154,20 @@ def visible_gpus() -> list[int] | tuple[()]:
     """Return the numbers of the GPUs that CUDA_VISIBLE_DEVICES leaves; () stands for all, as in submitit.
 
     Raises:
-        ValueError: it has names instead of numbers.
+        InputError: it has names instead of numbers.
     """
     text = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
         return () if text is None else [int(number) for number in text.split(",") if number]
     except ValueError as error:
-        raise ValueError(f"CUDA_VISIBLE_DEVICES is {text}: local jobs need numbers there") from error
+        raise InputError(f"CUDA_VISIBLE_DEVICES is {text}: local jobs need numbers there") from error
 
 
 def make_executor(flags: JobFlags, name: str) -> "submitit.Executor":
     """Return what starts the tasks of a job of this name.
 
     Raises:
-        ValueError: this machine has no Slurm, or cannot give what was asked for.
+        InputError: this machine has no Slurm, or cannot give what was asked for.
     """
     if flags.executor == "debug":
         return submitit.DebugExecutor(flags.job_dir)
@@ -188,7 +188,7 @@ def make_executor(flags: JobFlags, name: str) -> "submitit.Executor":
         )
         return executor
     if not (shutil.which("sbatch") and shutil.which("srun")):
-        raise ValueError("there is no Slurm here (no sbatch, srun): try --executor local --nodes 1")
+        raise InputError("there is no Slurm here (no sbatch, srun): try --executor local --nodes 1")
     executor = submitit.SlurmExecutor(flags.job_dir, max_num_timeout=MAX_TIMEOUTS, python=python)
     executor.update_parameters(
         job_name=name,
@@ -216,11 +216,11 @@ def submit(flags: JobFlags, argv: list[str]) -> "submitit.Job":
     """Submit a run of main_deit.py with these arguments.
 
     Raises:
-        ValueError: submitit is not installed, or as `make_executor`.
+        InputError: submitit is not installed, or as `make_executor`.
         MainError: Slurm refuses the job.
     """
     if submitit is None:
-        raise ValueError("the package submitit is missing: pip install submitit")
+        raise InputError("the package submitit is missing: pip install submitit")
     executor = make_executor(flags, main_deit.make_parser().parse_args(argv).model or "main_deit")
     # From within a job, sbatch would take that job's numbers of tasks and GPUs over.
     environment = submitit.helpers.clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext()
