@@ -200,7 +200,8 @@ def main() -> None:
     device = utils.start(args.device).device
     model, config, checkpoint = load_classifier(args.model, args.checkpoint, args.img_size)
     classes = model.num_classes
-    utils.check_range("--top-k", args.top_k, 1, classes)
+    if args.top_k > classes:
+        raise InputError(f"--top-k is {args.top_k}: take 1 to {classes}, the classifier's classes")
 
     # The whole image, not the centre that is cut out in evaluation; the aspect ratio is given up for it.
     look = {key: config[key] for key in ("mean", "std", "interpolation")} | {
