@@ -36,7 +36,8 @@ def make_parser() -> argparse.ArgumentParser:
     flags.add_model_flags(parser)
     knobs = dict.fromkeys(name for cls in registry.classes() for name in cls.knobs)
     add("--checkpoint_path", "--resume", metavar="FILE", required=True)
-    add("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
+    flags.add_weights_flag(parser)
+    datasets.add_config_arguments(parser)
     add(
         "--eval-mode",
         type=int,
@@ -135,7 +136,8 @@ def main() -> None:
     if not args.images and args.budget is None:  # these two store nothing in a checkpoint
         results.check()
     kwargs = flags.constructor_kwargs(vars(args))
-    trained = open_model(checkpoint, args.checkpoint_path, args.model, kwargs, args.use_ema)
+    config = datasets.given_config(vars(args))
+    trained = open_model(checkpoint, args.checkpoint_path, args.model, kwargs, args.use_ema, config)
     written = args.results or args.output
     bad_list = written.with_name("bad_images.txt") if written else None
     loading = Loading(args.batch_size, args.num_workers, args.max_bad_images, bad_list, args.device_normalize)

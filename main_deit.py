@@ -40,18 +40,18 @@ from loading.loaders import AS_BYTES, DeviceLoader
 from loading.token_labels import PairedTransform, token_targets
 from models import Adaptive, flags, recipe_of
 from models.weights import (
+    WEIGHTS,
+    chosen_weights,
     create_model,
+    inherited_kwargs,
     initialise_from,
     model_from_checkpoint,
-    published_kwargs,
     published_name,
 )
 from utils import NON_NEGATIVE, NON_NEGATIVE_INT, POSITIVE_INT, SHARE, InputError, log
 
 OnOff = argparse.BooleanOptionalAction
-CROP_PCT = utils.Number(float, 0.01, 1)
 AMP = ("auto", "none", "fp16", "bf16")
-RESIZE = ("bilinear", "bicubic", "lanczos", "nearest")
 METRICS = ("top1_f", "top5_f", "top1_c", "top5_c")
 
 # Flags whose values a resumed run does not take from its checkpoint.
@@ -86,10 +86,7 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
     fast = "decode JPEGs of four or more times the model input's side at a part of their size; other pixels"
     add("--fast-decode", action="store_true", help=fast)
     datasets.add_bad_images(group)
-    add("--crop-pct", type=CROP_PCT, help="share of an evaluation image that is kept; default: 0.875")
-    add("--interpolation", choices=RESIZE, help="of the evaluation images; default: bicubic")
-    add("--mean", type=float, nargs=3, help="of the channels; default: ImageNet's")
-    add("--std", type=float, nargs=3, help="of the channels; default: ImageNet's")
+    datasets.add_config_arguments(group)
 
 
 def add_augmentation_flags(group: argparse._ArgumentGroup) -> None:
@@ -102,7 +99,7 @@ def add_augmentation_flags(group: argparse._ArgumentGroup) -> None:
     add("--vflip", type=SHARE, default=0.0, help="probability of a vertical flip")
     add("--color-jitter", type=NON_NEGATIVE, default=0.4, help="only without --aa")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="auto-augment policy, or none")
-    add("--train-interpolation", default="bicubic", choices=("random", *RESIZE))
+    add("--train-interpolation", default="bicubic", choices=("random", *datasets.RESIZE))
     add("--reprob", type=SHARE, default=0.25, help="probability of random erasing")
     add("--remode", default="pixel", choices=("const", "rand", "pixel"))
     add("--recount", type=POSITIVE_INT, default=1, help="erased boxes")
@@ -195,7 +192,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, 
     # The checkpoint, the model that it is of, and the arguments that it was made with
     resume = given.get("resume") or (given.get("finetune") if "demo" in given else None)
     source, checkpoint = open_checkpoint(resume, given.get("output_dir"))
-    name = given.get("model") or checkpoint.get("model_name")
+    start = load_checkpoint(given["finetune"]) if given.get("finetune") and not checkpoint else checkpoint
+    name = given.get("model") or start.get("model_name")
     if "demo" in given:
         if not source:
             raise InputError("--demo needs the weights to draw with: --finetune FILE")
@@ -205,7 +203,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, 
     check_arguments(parser, saved, source)
     # One over the other
     recipe = recipe_of(name)
-    config = datasets.data_config(recipe, checkpoint)
+    config = datasets.data_config(recipe, start)
     args = argparse.Namespace(**(defaults | config | recipe | saved | given))
     args.model, args.resume, args.data_path = name, source, args.data_path or args.data
     if args.warmup_epochs is None:
@@ -370,7 +368,7 @@ def output_folder(
 
 
 def build_model(
-    checkpoint: dict[str, Any], source: str | None, name: str | None, kwargs: dict[str, Any]
+    checkpoint: dict[str, Any], source: str | None, name: str | None, kwargs: dict[str, Any], trains: bool
 ) -> tuple[Adaptive, str, dict[str, Any]]:
     """Build a model with the weights of a checkpoint to resume, or with those to start from, or new ones.
 
@@ -379,18 +377,22 @@ def build_model(
         source: of its weights: the checkpoint's file, or that of --finetune, or None.
         name: of the model; not needed where the checkpoint tells it.
         kwargs: constructor arguments from the command line.
+        trains: whether to go on with the weights that are trained, whichever the best epoch was chosen by.
 
     Returns:
         The model, its name and its constructor arguments.
     """
+    if not source:
+        return create_model(name, kwargs), name, kwargs
+    start = checkpoint or load_checkpoint(source)
+    use_ema = False if checkpoint and trains else None
+    weights, key = chosen_weights(start, source, use_ema)
+    log.info("%s (%s) of %s", WEIGHTS[key], key, source)
     if checkpoint:
-        return model_from_checkpoint(checkpoint, source, name, kwargs)
-    start = load_checkpoint(source) if source else {}
-    if start and "model_kwargs" not in start:
-        kwargs = published_kwargs(name, start, source) | kwargs
+        return model_from_checkpoint(checkpoint, source, name, kwargs, use_ema)
+    kwargs = inherited_kwargs(name, start, source) | kwargs
     model = create_model(name, kwargs)
-    if start:
-        initialise_from(model, start["model"], source)
+    initialise_from(model, weights, source)
     return model, name, kwargs
 
 
@@ -550,7 +552,9 @@ def main() -> None:
         with utils.main_first(context):
             trainset = datasets.build_dataset(source, "train") if trains else None
         kwargs = model_kwargs(args, len(trainset.classes) if trainset else None)
-        model, name, kwargs = build_model(checkpoint, args.resume or args.finetune, args.model, kwargs)
+        model, name, kwargs = build_model(
+            checkpoint, args.resume or args.finetune, args.model, kwargs, trains
+        )
         if (args.test_speed or args.only_test_speed) and context.is_main:
             report_speed(model, name, precision, args.batch_size, folder)
         if args.only_test_speed:
@@ -558,6 +562,7 @@ def main() -> None:
         model.to(context.device, memory_format=precision.memory_format)
         # Evaluation
         config = {key: getattr(args, key) for key in datasets.DATA_CONFIG}
+        log.info("images: %d pixels, %s", model.img_size, datasets.describe_config(config))
         transform = datasets.eval_transform(model.img_size, config)
         classes = checkpoint.get("class_names") or (trainset.classes if trainset else None)
         valset = datasets.build_dataset(source, "val", transform, classes)
@@ -591,13 +596,15 @@ def main() -> None:
         rules = args.accumulate, args.clip_grad, args.skip_nonfinite
         update = Update(optimizer, scheduler, precision.scaler(), ema, *rules)
         # Epochs
+        averaged = args.eval_ema and args.model_ema
         constant = dict(model_name=name, model_kwargs=kwargs, class_names=data.classes, data_config=config)
+        constant |= {"best_weights": "model_ema" if averaged else "model"}
         settings = run_settings(args, folder, constant | {"args": vars(args)})
         run = Run(settings, context, model, update, batch_size * context.world_size, len(train_loader))
         if checkpoint:
             with damage_reported(args.resume):
                 run.restore(checkpoint, args.resume)
-        best_by = score_name(args.eval_metric, args.eval_ema and args.model_ema, model.num_exits)
+        best_by = score_name(args.eval_metric, averaged, model.num_exits)
         train_epochs(run, wrapped, data, objective, precision, best_by, args.picture_freq)
 
 

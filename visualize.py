@@ -36,7 +36,8 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     flags.add_model_flags(parser)
     add("--resume", "--checkpoint_path", metavar="FILE", required=True, help="checkpoint")
-    add("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
+    flags.add_weights_flag(parser)
+    datasets.add_config_arguments(parser)
     add("--output_dir", default="test_img", metavar="DIR", help="where pictures go")
     add("--data-path", "--data_url", metavar="DIR", help="data folder")
     datasets.add_data_arguments(parser)
@@ -113,7 +114,8 @@ def main() -> None:
         return log.info("wrote %s", folder / "curve.png")
     # The model, and which images
     kwargs = flags.constructor_kwargs(vars(args))
-    trained = open_model(checkpoint, args.resume, args.model, kwargs, args.use_ema)
+    config = datasets.given_config(vars(args))
+    trained = open_model(checkpoint, args.resume, args.model, kwargs, args.use_ema, config)
     model, classes = trained.model.to(context.device), trained.class_names
     if args.images:
         dataset = datasets.Files(args.images, trained.transform())

@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import json
+import pathlib
 import random
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -124,6 +126,43 @@ def read_safetensors(path: Path) -> dict[str, Any]:
     return json.loads(header) | {"model": weights} if header else weights
 
 
+class NumpyType:
+    """Stand in for numpy.dtype in a file; the real one takes a state that may point anywhere in memory."""
+
+    def __init__(self, code: str, *_: object):
+        if not re.fullmatch(r"[<>|]?[biufUS]\d+", code):
+            raise TypeError(f"no number or text: numpy type {code}")
+        self.code = code
+
+    def __setstate__(self, state: tuple) -> None:
+        self.__init__(state[1] + self.code.lstrip("<>|"))  # a byte order
+
+    def __reduce__(self) -> tuple:
+        return np.dtype, (self.code,)
+
+
+def numpy_scalar(kind: NumpyType, data: bytes) -> Any:
+    """Return a NumPy number or text of a file as Python's own."""
+    return np.frombuffer(data, kind.code, 1)[0].item()
+
+
+# What a file may call besides tensors and plain values; published files hold their command line.
+HARMLESS = [argparse.Namespace, (NumpyType, "numpy.dtype")]
+HARMLESS += [(numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+for module in ("pathlib", "pathlib._local"):  # the second is Python 3.13's
+    for system in ("Posix", "Windows"):
+        pure = getattr(pathlib, f"Pure{system}Path")
+        HARMLESS += [(pure, f"{module}.{name}") for name in (f"{system}Path", f"Pure{system}Path")]
+
+
+def reason_of(error: Exception) -> str:
+    """Return why torch.load or safetensors did not read a file, in one plain line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split("WeightsUnpickler error: ")[-1].strip()
+    if blocked := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"it holds {blocked[1]}, and only tensors and plain values are read: save its weights alone"
+    return re.split(r"\n|\. ", text)[0][:150] if text else type(error).__name__  # what follows is advice
+
+
 def read_file(path: Path) -> dict[str, Any]:
     """Read a checkpoint file as it is: tensors on the CPU, no code run.
 
@@ -140,12 +179,10 @@ def read_file(path: Path) -> dict[str, Any]:
             with zipfile.ZipFile(path) as parts:
                 if (part := parts.testzip()) is not None:
                     raise InputError(f"the checksum of {part} is wrong")
-        # Published files keep their command line as a Namespace.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a broken file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path} is not a readable checkpoint ({reason[:150]})") from error
+        raise InputError(f"{path} is not a readable checkpoint ({reason_of(error)})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content
@@ -167,8 +204,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint or a safetensors file without running any code it may hold.
 
     Returns:
-        A dict with at least `model`, a state dict. Other layouts (`state_dict`, `model_state_dict`, a bare
-        state dict) are turned into it, and keys without a value are left out.
+        A dict with at least `model` or `model_ema`, a state dict. Other layouts (`state_dict`,
+        `model_state_dict`, `state_dict_ema`, a bare state dict) are turned into these, and keys without a
+        value are left out.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -179,13 +217,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         content = {"model": content}
     if isinstance(content.get("state_dict_ema"), dict):
         content.setdefault("model_ema", content["state_dict_ema"])
-    for key in ("model", "state_dict", "model_state_dict"):
+    for key in ("model", "state_dict", "model_state_dict", "model_ema"):
         if isinstance(content.get(key), dict):
-            checkpoint = content | {"model": content[key]}
+            checkpoint = content | ({} if key == "model_ema" else {"model": content[key]})
             check(checkpoint, CHECKPOINT, str(path))
             weights = checkpoint.keys() & {"model", "model_ema"}
             return checkpoint | {name: clean_state_dict(checkpoint[name]) for name in weights}
-    raise InputError(f"{path} holds no weights under model, state_dict or model_state_dict")
+    names = "model, state_dict, model_state_dict, model_ema or state_dict_ema"
+    raise InputError(f"{path} holds no weights under {names}")
 
 
 def rng_state() -> dict[str, Any]:

@@ -18,7 +18,7 @@ from loading.loaders import AS_BYTES, DeviceLoader, EvalLoader, Shard
 from models import Adaptive, StageOutput
 from models.cost import exit_gflops
 from models.exits import Predictions
-from models.weights import model_from_checkpoint
+from models.weights import WEIGHTS, chosen_weights, model_from_checkpoint
 from utils import InputError, log
 
 
@@ -28,6 +28,7 @@ class TrainedModel(NamedTuple):
     Attributes:
         model: with its weights, on the CPU until it is moved.
         name: registered name.
+        weights: which of the checkpoint's they are, its key `model` or `model_ema`.
         kwargs: constructor arguments.
         config: how images become model input, see `datasets.DATA_CONFIG`.
         class_names: in the model's order; None where the checkpoint lacks them.
@@ -36,6 +37,7 @@ class TrainedModel(NamedTuple):
 
     model: Adaptive
     name: str
+    weights: str
     kwargs: dict[str, Any]
     config: dict[str, Any]
     class_names: list[str] | None
@@ -66,12 +68,22 @@ def open_model(
     source: str,
     name: str | None = None,
     kwargs: dict[str, Any] | None = None,
-    use_ema: bool = False,
+    use_ema: bool | None = None,
+    config: dict[str, Any] | None = None,
 ) -> TrainedModel:
-    """Build the model of a checkpoint; arguments and errors are those of `model_from_checkpoint`."""
+    """Build the model of a checkpoint; log which of two sets of weights it has, and what `config` changes.
+
+    Arguments and errors are those of `model_from_checkpoint`; `config` wins over the checkpoint's own.
+    """
+    given = config or {}
     model, name, kwargs = model_from_checkpoint(checkpoint, source, name, kwargs or {}, use_ema)
-    config = datasets.data_config(model.recipe, checkpoint)
-    return TrainedModel(model, name, kwargs, config, checkpoint.get("class_names"), checkpoint)
+    _, weights = chosen_weights(checkpoint, source, use_ema)
+    config = datasets.data_config(model.recipe, checkpoint) | given
+    if "model_ema" in checkpoint:
+        log.info("%s: %s (%s) of %s", name, WEIGHTS[weights], weights, source)
+    if given:
+        log.info("given for %s: %s", source, datasets.describe_config(given))
+    return TrainedModel(model, name, weights, kwargs, config, checkpoint.get("class_names"), checkpoint)
 
 
 class Loading(NamedTuple):

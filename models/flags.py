@@ -82,6 +82,12 @@ def add_model_flags(parser: argparse._ActionsContainer, training: bool = False) 
     add("--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help=further)
 
 
+def add_weights_flag(parser: argparse._ActionsContainer) -> None:
+    """Add --use-ema, see `weights.chosen_weights`."""
+    text = "take the averaged weights, or the others; default: those that the best epoch was chosen by"
+    parser.add_argument("--use-ema", action=argparse.BooleanOptionalAction, help=text)
+
+
 def constructor_kwargs(values: dict[str, Any], epochs: float | None = None) -> dict[str, Any]:
     """Return the constructor arguments that were given on a command line.
 
@@ -98,6 +104,8 @@ def constructor_kwargs(values: dict[str, Any], epochs: float | None = None) -> d
 
 def key_values(flag: str, pairs: list[str]) -> dict[str, Any]:
     """Read KEY=VALUE arguments; a value is spelt as in JSON or Python, or else is a string.
+
+    `models.registry.check_types` then refuses a string where the constructor wants something else.
 
     Raises:
         InputError: an argument is of another form.

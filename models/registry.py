@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, get_type_hints
 
 from timm.models import register_model
 
+from checkpointing.schema import fits, kind_name, shown
 from models.vit import NANO, Adaptive, AdaptiveViT, init_weights
 from utils import InputError
 
@@ -24,10 +25,25 @@ def build(cls: type[AdaptiveViT], defaults: dict[str, Any], kwargs: dict[str, An
     kwargs = {name: value for name, value in kwargs.items() if name not in TIMM_OPTIONS}
     if kwargs.pop("pretrained", False):
         raise InputError("no weights are hosted for this model: load a file with --finetune or --resume")
+    check_types(cls, kwargs)
     try:
         return init_weights(cls(**(defaults | kwargs)))
     except TypeError as error:
         raise InputError(f"{cls.__name__}: {str(error).split('__init__() ')[-1]}") from error
+
+
+def check_types(cls: type, kwargs: dict[str, Any]) -> None:
+    """Check the arguments of a constructor, and of those of its bases, against their annotations.
+
+    Raises:
+        InputError: one is of another type, as a text where a bool is wanted.
+    """
+    kinds: dict[str, Any] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        kinds |= get_type_hints(vars(base)["__init__"]) if "__init__" in vars(base) else {}
+    for name, value in kwargs.items():
+        if name in kinds and not fits(value, kinds[name]):
+            raise InputError(f"{cls.__name__}: {name} is {shown(value)}, not {kind_name(kinds[name])}")
 
 
 def register(

@@ -1,7 +1,8 @@
 """Models by name, and the weights of files in them."""
 
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from utils import InputError
 log = logging.getLogger("adaptive-vit")
 # From the path of a published file to `model_name` and `model_kwargs`, as far as its name tells them.
 file_name_readers: list[Callable[[Path], dict[str, Any]]] = []
+WRAPPER = re.compile(r"(?:model|backbone|encoder|module|_orig_mod)\.")  # what others put before our names
+LEAST_SHARE = 0.5  # of a model's parameters that weights to start from have to hold
+WEIGHTS = {"model": "weights", "model_ema": "averaged weights"}  # under these keys of a checkpoint
 
 
 def create_model(name: str | None, kwargs: dict[str, Any]) -> Adaptive:
@@ -83,13 +87,59 @@ def baseline_model(
     return model.eval()
 
 
+def unwrapped(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    """Return a state dict without what a wrapper, such as Lightning's, has put before the model's names.
+
+    Args:
+        state: any names.
+        own: names of the model, or of a part of it.
+    """
+    prefixes = {"": 0}
+    for name in state:
+        at = 0
+        while match := WRAPPER.match(name, at):
+            prefixes[name[: (at := match.end())]] = 0
+    for prefix in prefixes:
+        inner = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
+        prefixes[prefix] = len(set(inner) & set(own))
+    prefix = max(prefixes, key=prefixes.__getitem__)
+    outer = {name: value for name, value in state.items() if not name.startswith(prefix)}
+    return outer | {name.removeprefix(prefix): state[name] for name in state if name not in outer}
+
+
+def chosen_weights(
+    checkpoint: dict[str, Any], source: str, use_ema: bool | None = None
+) -> tuple[dict[str, Tensor], str]:
+    """Return the weights of a checkpoint that were asked for, and their key, `model` or `model_ema`.
+
+    Args:
+        checkpoint: from `load_checkpoint`.
+        source: the file's name, for messages.
+        use_ema: whether to take the average; None for the weights that its best epoch was chosen by, or for
+            those that are there.
+
+    Raises:
+        InputError: the file lacks them.
+    """
+    key = checkpoint.get("best_weights", "model" if "model" in checkpoint else "model_ema")
+    if use_ema is not None:
+        key = "model_ema" if use_ema else "model"
+    if key not in WEIGHTS:
+        raise InputError(f"{source}: best_weights is {key!r}, not one of {', '.join(WEIGHTS)}")
+    if checkpoint.get(key) is None:
+        way = "take the averaged ones, with --use-ema" if key == "model" else "leave --use-ema out"
+        raise InputError(f"{source} holds no {WEIGHTS[key]} ({key}); {way}")
+    return checkpoint[key], key
+
+
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load a state dict strictly.
+    """Load a state dict strictly, but for what a wrapper has put before all names.
 
     Raises:
         InputError: names or shapes differ, as for a checkpoint of another model or stage size.
     """
     own = model.state_dict()
+    state = unwrapped(state, own)
     shapes = [name for name in own if name in state and own[name].shape != state[name].shape]
     if shapes:
         name = shapes[0]
@@ -133,8 +183,32 @@ def published_kwargs(name: str | None, checkpoint: dict[str, Any], source: str) 
     return kwargs
 
 
+def inherited_kwargs(name: str | None, checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return the constructor arguments that weights to start from bring along for a model, and log them.
+
+    Those of training alone and the number of classes are not of them, and another method takes none.
+    """
+    saved = checkpoint.get("model_name")
+    if "model_kwargs" not in checkpoint:
+        kwargs = published_kwargs(name, checkpoint, source)
+    elif name in registered and saved in registered and registered[name][0] is registered[saved][0]:
+        training = {flag.target for flag in registered[name][0].flags if flag.training} | {"num_classes"}
+        kwargs = {key: value for key, value in checkpoint["model_kwargs"].items() if key not in training}
+    else:
+        log.info("%s is of %s: its arguments are not taken over for %s", source, saved, name)
+        kwargs = {}
+    if kwargs:
+        texts = [f"{key} {value}" for key, value in sorted(kwargs.items())]
+        log.info("from %s, where no flag says otherwise: %s", source, ", ".join(texts))
+    return kwargs
+
+
 def model_from_checkpoint(
-    checkpoint: dict[str, Any], source: str, name: str | None, kwargs: dict[str, Any], use_ema: bool = False
+    checkpoint: dict[str, Any],
+    source: str,
+    name: str | None,
+    kwargs: dict[str, Any],
+    use_ema: bool | None = None,
 ) -> tuple[Adaptive, str, dict[str, Any]]:
     """Build the model that a checkpoint was made with and load its weights.
 
@@ -143,7 +217,7 @@ def model_from_checkpoint(
         source: the file's name, for messages.
         name: --model; needed for foreign files, which do not say.
         kwargs: constructor arguments from the command line; they win over the saved ones.
-        use_ema: take the averaged weights.
+        use_ema: see `chosen_weights`.
 
     Returns:
         The model, its name and its constructor arguments.
@@ -156,9 +230,7 @@ def model_from_checkpoint(
         raise InputError(
             f"{source} is a checkpoint of {saved}, not of {name}; leave --model out or name {saved}"
         )
-    weights = checkpoint.get("model_ema") if use_ema else checkpoint["model"]
-    if weights is None:
-        raise InputError(f"{source} holds no averaged weights (model_ema); leave --use-ema out")
+    weights, _ = chosen_weights(checkpoint, source, use_ema)
     if "model_kwargs" in checkpoint:
         kwargs = checkpoint["model_kwargs"] | kwargs
     else:
@@ -178,13 +250,25 @@ def initialise_from(model: Adaptive, state: dict[str, Tensor], source: str) -> N
     """Start a model from the weights of a timm, DeiT or own checkpoint, and name what was not loaded.
 
     Raises:
-        InputError: no tensor of the file fits.
+        InputError: less than `LEAST_SHARE` of the model's parameters would come from the file, heads for
+            another number of classes left aside.
     """
-    state = model.adapt_state_dict(state)
     own = model.state_dict()
+    parts = {name.split(".", 1)[1] for name in own if "." in name}  # a plain model may start each of several
+    state = model.adapt_state_dict(unwrapped(state, own.keys() | parts))
     fits = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
-    if not fits:
-        raise InputError(f"{source}: none of its {len(state)} tensors fits the model")
+    heads = {
+        name
+        for name in (own.keys() & state.keys()) - fits.keys()
+        if own[name].shape[1:] == state[name].shape[1:] and own[name].shape[:1] == (model.num_classes,)
+    }
+    size = sum(own[name].numel() for name in own if name not in heads)
+    share = sum(value.numel() for value in fits.values()) / max(size, 1)
+    if share < LEAST_SHARE:
+        raise InputError(
+            f"{source} fits {100 * share:.0f} % of the model's parameters, {len(fits)} of {len(own)} tensors:"
+            f" it is of another model or size (at least {100 * LEAST_SHARE:.0f} % are wanted)"
+        )
     model.load_state_dict(fits, strict=False)
     log.info("initialised %d of %d tensors from %s", len(fits), len(own), source)
     for what, names in (("as initialised", own.keys() - fits), ("not used", state.keys() - fits)):

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import _root as _root
 
+import datasets
 import utils
 from checkpointing.format import Results, load_checkpoint, save_checkpoint
 from inference.session import open_model
 from models import flags
 from models.cost import exit_gflops
+from models.weights import WEIGHTS
 from utils import InputError, log
 
 
@@ -24,7 +26,8 @@ def make_parser() -> utils.Parser:
     parser = utils.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("input", metavar="INPUT", help="the checkpoint to convert")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="a new file, .pth or .safetensors")
-    parser.add_argument("--use-ema", action="store_true", help="take the averaged weights")
+    flags.add_weights_flag(parser)
+    datasets.add_config_arguments(parser)
     parser.add_argument("--classes", metavar="FILE", help="class names, one a line, in the model's order")
     flags.add_model_flags(parser)
     return parser
@@ -54,7 +57,8 @@ def main() -> None:
     if args.output.exists():
         raise InputError(f"{args.output} is there already: remove it or name another")
     kwargs = flags.constructor_kwargs(vars(args))
-    trained = open_model(load_checkpoint(args.input), args.input, args.model, kwargs, args.use_ema)
+    config = datasets.given_config(vars(args))
+    trained = open_model(load_checkpoint(args.input), args.input, args.model, kwargs, args.use_ema, config)
     count = trained.model.num_classes
     names = class_names(args.classes, count) if args.classes else trained.class_names
     # What a published file says of itself stays, but its GFLOPs are those that this code runs.
@@ -64,7 +68,8 @@ def main() -> None:
     keys |= {"data_config": trained.config} | ({"class_names": names} if names else {}) | results.known()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(keys, args.output)
-    log.info("wrote %s: %s, %d classes, %s GFLOPs", args.output, trained.name, count, results.flops)
+    what = trained.name, WEIGHTS[trained.weights], count, results.flops
+    log.info("wrote %s: %s, %s, %d classes, %s GFLOPs", args.output, *what)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from checkpointing.format import load_checkpoint, load_json, save_json
 from loading.loaders import EvalLoader, Shard
 from loading.token_labels import label_path
 from models import AdaptiveViT
-from models.weights import load_weights, model_from_checkpoint
+from models.weights import chosen_weights, load_weights, model_from_checkpoint
 from utils import NON_NEGATIVE_INT, POSITIVE_INT, InputError
 
 LARGEST_HALF = 2048  # half precision holds whole numbers up to this one
@@ -54,11 +54,12 @@ def load_timm(name: str, checkpoint: dict, source: str | None, options: dict) ->
     if source is not None:
         heads = published.classifier if published else None
         head = f"{heads[0] if isinstance(heads, (list, tuple)) else heads}.weight"
-        if head in checkpoint["model"]:
-            kwargs = kwargs | {"num_classes": len(checkpoint["model"][head])}
+        weights, _ = chosen_weights(checkpoint, source)
+        if head in weights:
+            kwargs = kwargs | {"num_classes": len(weights[head])}
     model = timm.create_model(name, pretrained=source is None, **kwargs)
     if source is not None:
-        load_weights(model, checkpoint["model"], source)
+        load_weights(model, weights, source)
     config = resolve_model_data_config(model)
     return model, config | {"img_size": side or config["input_size"][-1]}
 
