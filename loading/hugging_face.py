@@ -59,8 +59,10 @@ class HuggingFace(Archive):
         source = f"hfds/{name} ({splits[0]})"
         names = getattr(dataset.features["label"], "names", None)  # of a ClassLabel
         if not names:
-            numbers = self.columns[1].unique().to_pylist()
-            if not numbers or not all(isinstance(number, int) for number in numbers):
+            labels = self.columns[1]
+            whole = str(labels.type).startswith(("int", "uint", "bool"))
+            numbers = labels.unique().to_pylist() if whole else []
+            if not numbers or None in numbers:
                 raise InputError(f"{source}: the column label must hold class numbers")
             names = max(numbers) + 1
         super().__init__(source, names, classes, transform)
