@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models.flags import Flag
 from models.selection import refine, take
 from models.vit import AdaptiveViT, Picture, StageOutput
-from utils import InputError
+from utils import SHARE, InputError
 
 
 class TwoStageViT(AdaptiveViT):
@@ -42,6 +42,7 @@ class TwoStageViT(AdaptiveViT):
         Flag(
             "--select-from",
             "share of the epochs after which selection starts (LF-ViT: 0.77)",
+            SHARE,
             argument="select_from_epoch",
             epochs=True,
             training=True,
@@ -49,6 +50,7 @@ class TwoStageViT(AdaptiveViT):
         Flag(
             "--coarse-only",
             "share of the epochs that train the first stage alone",
+            SHARE,
             argument="coarse_only_epochs",
             epochs=True,
             training=True,

@@ -164,13 +164,19 @@ def parse() -> argparse.Namespace:
         metavar="SPLIT",
         help="folders to convert (train val)",
     )
-    add("--num_workers", "--workers", type=int, default=4, metavar="N", help="reading threads (4)")
+    add(
+        "--num_workers",
+        "--workers",
+        type=utils.POSITIVE_INT,
+        default=4,
+        metavar="N",
+        help="reading threads (4)",
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
-    utils.check_range("--num_workers", args.num_workers, 1)
     utils.start_logging(utils.Context(torch.device("cpu"), 0, 1))
     source = datasets.DataSource("IMNET", args.dir)
     folders = {split: datasets.build_dataset(source, split) for split in args.splits}
