@@ -217,19 +217,18 @@ class Exit(AdaptiveViT):
         if self.reads_relation:
             mixed = recompute(self.mix, prev["relation"])
             biases = mixed.chunk(len(self.blocks), dim=1)  # each [B,H,N',N']
-        need, places = "relation" if self.hands_relation else None, None
+        need = "relation" if self.hands_relation else None
         reduces = type(self).reduce is not AdaptiveViT.reduce
         if reduces:
             info["places"] = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
         for i, (block, bias) in enumerate(zip(self.blocks, biases, strict=True)):
             # Training computes all, so that the last block's small network has its gradient, of zero.
-            alone = self.last and block is self.blocks[-1] and not self.training
+            # A reducer may need all, as one that weights keys by the sizes of their tokens.
+            alone = self.last and block is self.blocks[-1] and not (self.training or reduces)
             if reduces:
-                places = info["places"]
-                if not alone:
-                    x = self.reduce(x, Reused(block, bias, features, info), i, info)
-                    continue
-            x, logits = block.attend(x, bias, need, alone, places)
+                x = self.reduce(x, Reused(block, bias, features, info), i, info)
+                continue
+            x, logits = block.attend(x, bias, need, alone)
             x = block.feed(x, None if alone else features)
             relation.append(logits)
         if self.hands_features:

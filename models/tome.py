@@ -38,15 +38,15 @@ def match(keys: Tensor, r: int, prefix: int = 1) -> Tensor:
     places = torch.zeros_like(partner).scatter(1, rest.sort(dim=1).values, place)
     places = places.scatter(1, merged, left + partner.gather(1, merged))
     token = torch.arange(keys.shape[1], device=keys.device)
-    both = torch.cat([places, left + token[: odd.shape[1]].expand(len(keys), -1)], dim=1)
+    both = torch.cat([places, left + token[: odd.shape[1]].expand(keys.shape[0], -1)], dim=1)
     return both[:, token // 2 + token % 2 * even.shape[1]]
 
 
 def merge(x: Tensor, size: Tensor, places: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Average tokens [B,N,C] by their sizes [B,N] into `count` places; return these and their sizes."""
-    merged = size.new_zeros(len(x), count).scatter_add(1, places, size)
+    merged = size.new_zeros(x.shape[0], count).scatter_add(1, places, size)
     index = places[..., None].expand_as(x)
-    total = x.new_zeros(len(x), count, x.shape[-1]).scatter_add(1, index, x * size[..., None])
+    total = x.new_zeros(x.shape[0], count, x.shape[-1]).scatter_add(1, index, x * size[..., None])
     return total / merged[..., None], merged
 
 
@@ -99,7 +99,7 @@ class ToMe(AdaptiveViT):
             x, info["size"] = merge(x, size, places, x.shape[1] - r)
             if "places" in info:  # a merged token stands where its odd one stood
                 before = info["places"]
-                after = before.new_zeros(len(x), x.shape[1]).scatter(1, places[:, ::2], before[:, ::2])
+                after = before.new_zeros(x.shape[:2]).scatter(1, places[:, ::2], before[:, ::2])
                 info["places"] = after.scatter(1, places[:, 1::2], before[:, 1::2])
             info["groups"] = places.gather(1, info["groups"]) if "groups" in info else places
         return block.feed(x)

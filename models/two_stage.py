@@ -175,7 +175,7 @@ class TwoStageViT(AdaptiveViT):
 
     def with_class_token(self, patches: Tensor, k: int) -> Tensor:
         token = self.cls_token + self.pos_embed_list[k][:, :1]
-        return torch.cat([token.expand(len(patches), -1, -1), patches], dim=1)
+        return torch.cat([token.expand(patches.shape[0], -1, -1), patches], dim=1)
 
     def embed_patches(self, images: Tensor, info: dict[str, Tensor], index: Tensor | None = None) -> Tensor:
         """Embed all patches of images as [B,P,C], or patches `index` [B,n] of the full image as [B,n,C]."""

@@ -310,7 +310,7 @@ class AdaptiveViT(Adaptive):
     def embed(self, images: Tensor) -> Tensor:
         """Return all tokens of images [B,3,S,S] with their positions, [B,N,C]."""
         patches = self.patch_embed(images)
-        prefix = [token.expand(len(patches), -1, -1) for token in self.prefix_tokens()]
+        prefix = [token.expand(patches.shape[0], -1, -1) for token in self.prefix_tokens()]
         return torch.cat([*prefix, patches], dim=1) + self.positions(patches.shape[1])
 
     def prefix_tokens(self) -> list[Tensor]:
