@@ -25,8 +25,8 @@ CHEAP = {
     eq ne bitwise_not bitwise_and __and__ ones_like zeros_like
     dropout_ im2col repeat_interleave reshape_as clamp_min cos sin
     linalg_vector_norm col2im square hardsigmoid
-    scatter_add scatter_reduce index_add minimum maximum abs norm var logical_and logical_or logical_not amin
-    aminmax cumprod fill_ one_hot softplus erf rms_norm
+    new_ones new_zeros scatter_add scatter_reduce index_add minimum maximum abs norm var logical_and
+    logical_or logical_not amin aminmax cumprod fill_ one_hot softplus erf rms_norm
     """.split()
 }
 

@@ -47,6 +47,7 @@ class Picture(NamedTuple):
         region: [B,4] left, top, right, bottom in pixels of the full image; right and bottom exclusive.
         refined: [B,n] patches that the stage sees at full resolution.
         kept: [B,n] per drop, patches that stay; -1 for a token that is no patch.
+        groups: [B,P] number of the token that each patch is part of at the end.
         depth: [B,P] blocks that each patch went through.
         blocks: how many there are, the end of the scale of `depth`.
     """
@@ -55,6 +56,7 @@ class Picture(NamedTuple):
     region: Tensor | None = None
     refined: Tensor | None = None
     kept: tuple[Tensor, ...] = ()
+    groups: Tensor | None = None
     depth: Tensor | None = None
     blocks: int = 0
 
@@ -308,7 +310,7 @@ class AdaptiveViT(Adaptive):
     def embed(self, images: Tensor) -> Tensor:
         """Return all tokens of images [B,3,S,S] with their positions, [B,N,C]."""
         patches = self.patch_embed(images)
-        prefix = [token.expand(len(patches), -1, -1) for token in self.prefix_tokens()]
+        prefix = [token.expand(patches.shape[0], -1, -1) for token in self.prefix_tokens()]
         return torch.cat([*prefix, patches], dim=1) + self.positions(patches.shape[1])
 
     def prefix_tokens(self) -> list[Tensor]:
@@ -321,9 +323,18 @@ class AdaptiveViT(Adaptive):
 
     def run(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the blocks on tokens [B,N,C]; return what is left of them, and the stage's info."""
-        for block in self.blocks:
-            x = block(x)
-        return x, {}
+        info: dict[str, Tensor] = {}
+        for i, block in enumerate(self.blocks):
+            x = self.reduce(x, block, i, info)
+        return x, info
+
+    def reduce(self, x: Tensor, block: Block, i: int, info: dict[str, Tensor]) -> Tensor:
+        """Run block number `i` on tokens [B,N,C]; a method that drops or merges tokens lets fewer leave.
+
+        What later blocks, a picture or the loss must know of it goes into `info`. Where `places` [B,N] is in
+        it, a reducer keeps it: the place that each token had at first, -1 for one that had none.
+        """
+        return block(x)
 
     def read_out(self, x: Tensor, info: dict[str, Tensor]) -> StageOutput:
         """Return the logits [B,K] of tokens [B,N,C] that have passed all blocks, with the stage's info."""
