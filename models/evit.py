@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from models.flags import Flag
 from models.registry import build, register, register_reducer
 from models.selection import original_patches, take, top_patches
-from models.vit import NANO, AdaptiveViT, Block, Knob, Picture, StageOutput
+from models.vit import NANO, AdaptiveViT, Block, Flag, Knob, Picture, StageOutput
 from utils import InputError
 
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from models.cf_vit import CFViT
-from models.flags import Flag
 from models.registry import register
 from models.selection import refine, take
-from models.vit import NANO, AdaptiveViT, StageOutput
+from models.vit import NANO, AdaptiveViT, Flag, StageOutput
 from utils import InputError
 
 

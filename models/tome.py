@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.flags import Flag
 from models.registry import register, register_reducer
-from models.vit import NANO, AdaptiveViT, Block, Knob, Picture
+from models.vit import NANO, AdaptiveViT, Block, Flag, Knob, Picture
 from utils import InputError
 
 

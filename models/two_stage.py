@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from models.flags import Flag
 from models.selection import refine, take
-from models.vit import AdaptiveViT, Picture, StageOutput
+from models.vit import AdaptiveViT, Flag, Picture, StageOutput
 from utils import SHARE, InputError
 
 

@@ -5,6 +5,7 @@ Vision Transformer (Dosovitskiy et al. 2021, arXiv 2010.11929) in DeiT's form (T
 Letters: B batch, N tokens (class token first), P = N - 1 patches, C channels, H heads, K classes, L blocks.
 """
 
+import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,7 +22,6 @@ from timm.layers import (
 )
 from torch import Tensor, nn
 
-from models.flags import Flag
 from utils import InputError
 
 
@@ -72,6 +72,46 @@ class Knob(NamedTuple):
     type: Callable[[str], Any]
     low: float
     high: float
+
+
+class Flag(NamedTuple):
+    """A command-line flag of a constructor argument, which a method declares on its class.
+
+    Attributes:
+        names: as they are typed, separated by spaces; - and _ mean the same in them.
+        help: one line.
+        type: from text to value; bool makes a --flag with its --no-flag.
+        argument: of the constructor; default: the first name.
+        epochs: the value is a share of the run's epochs and the argument a number of epochs.
+        training: for the training command alone.
+    """
+
+    names: str
+    help: str
+    type: Callable[[str], Any] = float
+    argument: str = ""
+    epochs: bool = False
+    training: bool = False
+
+    @property
+    def words(self) -> list[str]:
+        """The names as identifiers; the parsed value has the first."""
+        return [name.lstrip("-").replace("-", "_") for name in self.names.split()]
+
+    @property
+    def target(self) -> str:
+        """The constructor's argument."""
+        return self.argument or self.words[0]
+
+    @property
+    def spellings(self) -> list[str]:
+        """What may be typed."""
+        return list(dict.fromkeys(f"--{word.replace('_', by)}" for word in self.words for by in "_-"))
+
+    def add_to(self, parser: argparse._ActionsContainer) -> None:
+        """Add the flag to a parser or a group of one."""
+        form = {"action": argparse.BooleanOptionalAction} if self.type is bool else {"type": self.type}
+        parser.add_argument(*self.spellings, dest=self.words[0], help=self.help, **form)
 
 
 class Attention(nn.Module):
