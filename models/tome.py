@@ -56,7 +56,7 @@ class ToMe(AdaptiveViT):
       how many patches each already stands for (section 3);
     - attention is proportional: the logarithm of a token's size is added to the logits of its key.
 
-    `info`: `size` [B,N] patches per token; `groups` [B,N] for each token that entered the first block the
+    `info`: `token_size` [B,N] patches per token; `token_group` [B,N] for each token that entered the first block the
     one at the end that it is part of.
 
     Args:
@@ -89,22 +89,22 @@ class ToMe(AdaptiveViT):
         self.merged_per_block = [2 * r * (last - i) // last if self.falling else r for i in range(last + 1)]
 
     def reduce(self, x: Tensor, block: Block, i: int, info: dict[str, Tensor]) -> Tensor:
-        size, prefix = info.get("size"), self.num_prefix_tokens
+        size, prefix = info.get("token_size"), self.num_prefix_tokens
         r = min(self.merged_per_block[i], (x.shape[1] - prefix) // 2)
         x, keys = block.attend(x, None if size is None else size.log()[:, None, None], need="keys")
         if r > 0:
             places = match(keys, r, prefix)
             size = x.new_ones(x.shape[:2]) if size is None else size
-            x, info["size"] = merge(x, size, places, x.shape[1] - r)
+            x, info["token_size"] = merge(x, size, places, x.shape[1] - r)
             if "places" in info:  # a merged token stands where its odd one stood
                 before = info["places"]
                 after = before.new_zeros(x.shape[:2]).scatter(1, places[:, ::2], before[:, ::2])
                 info["places"] = after.scatter(1, places[:, 1::2], before[:, 1::2])
-            info["groups"] = places.gather(1, info["groups"]) if "groups" in info else places
+            info["token_group"] = places.gather(1, info["token_group"]) if "token_group" in info else places
         return block.feed(x)
 
     def picture(self, info: dict[str, Tensor]) -> Picture:
-        groups = info["groups"][:, self.num_prefix_tokens :] if "groups" in info else None
+        groups = info["token_group"][:, self.num_prefix_tokens :] if "token_group" in info else None
         return super().picture(info)._replace(groups=groups)
 
 

@@ -102,11 +102,11 @@ def test_pictures_tell_patches_of_the_full_grid(host: str) -> None:
     assert groups.shape == (6, 196)
     for image in range(len(images)):
         for slot, patch in enumerate(info["kept"][image].tolist()):
-            assert groups[image, patch] == info["groups"][image, 1 + slot]
+            assert groups[image, patch] == info["token_group"][image, 1 + slot]
         for slot, patch in enumerate(info["rest"][image].tolist(), fine):
             corner = 28 * (patch // 7) + 2 * (patch % 7)
             children = groups[image, [corner, corner + 1, corner + 14, corner + 15]]
-            assert children.tolist() == [info["groups"][image, 1 + slot].item()] * 4
+            assert children.tolist() == [info["token_group"][image, 1 + slot].item()] * 4
 
 
 def test_what_is_reused_follows_its_token() -> None:

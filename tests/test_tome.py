@@ -71,7 +71,7 @@ def test_of_equal_tokens_the_first_merge() -> None:
 def test_every_patch_is_in_one_token_and_the_class_token_alone(r: int, falling: bool) -> None:
     model, images = tiny(r=r, falling=falling), torch.randn(4, 3, 32, 32)
     info = model(images)[0].info
-    size, groups = info["size"], info["groups"]
+    size, groups = info["token_size"], info["token_group"]
     assert size.sum(dim=1).tolist() == [17] * 4
     counts = F.one_hot(groups, size.shape[1]).sum(dim=1)
     assert torch.equal(counts, size.long())
