@@ -223,12 +223,11 @@ class Exit(AdaptiveViT):
             info["places"] = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
         for i, (block, bias) in enumerate(zip(self.blocks, biases, strict=True)):
             # Training computes all, so that the last block's small network has its gradient, of zero.
-            # A reducer may need all, as one that weights keys by the sizes of their tokens.
-            alone = self.last and block is self.blocks[-1] and not (self.training or reduces)
-            if reduces:
+            alone = self.last and block is self.blocks[-1] and not self.training
+            if reduces and not alone:
                 x = self.reduce(x, Reused(block, bias, features, info), i, info)
                 continue
-            x, logits = block.attend(x, bias, need, alone)
+            x, logits = block.attend(x, bias, need, alone, info.get("places"), self.key_bias(info))
             x = block.feed(x, None if alone else features)
             relation.append(logits)
         if self.hands_features:

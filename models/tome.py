@@ -56,8 +56,8 @@ class ToMe(AdaptiveViT):
       how many patches each already stands for (section 3);
     - attention is proportional: the logarithm of a token's size is added to the logits of its key.
 
-    `info`: `token_size` [B,N] patches per token; `token_group` [B,N] for each token that entered the first block the
-    one at the end that it is part of.
+    `info`: `token_size` [B,N] patches per token; `token_group` [B,N] for each token that entered the first
+    block the one at the end that it is part of.
 
     Args:
         r: tokens that each block merges away, at most half of its patches; may be changed at any time.
@@ -88,13 +88,15 @@ class ToMe(AdaptiveViT):
         self.merged, last = r, max(len(self.blocks) - 1, 1)
         self.merged_per_block = [2 * r * (last - i) // last if self.falling else r for i in range(last + 1)]
 
+    def key_bias(self, info: dict[str, Tensor]) -> Tensor | None:
+        return info["token_size"].log()[:, None, None] if "token_size" in info else None
+
     def reduce(self, x: Tensor, block: Block, i: int, info: dict[str, Tensor]) -> Tensor:
-        size, prefix = info.get("token_size"), self.num_prefix_tokens
-        r = min(self.merged_per_block[i], (x.shape[1] - prefix) // 2)
-        x, keys = block.attend(x, None if size is None else size.log()[:, None, None], need="keys")
+        r = min(self.merged_per_block[i], (x.shape[1] - self.num_prefix_tokens) // 2)
+        x, keys = block.attend(x, self.key_bias(info), need="keys")
         if r > 0:
-            places = match(keys, r, prefix)
-            size = x.new_ones(x.shape[:2]) if size is None else size
+            places = match(keys, r, self.num_prefix_tokens)
+            size = info.get("token_size", x.new_ones(x.shape[:2]))
             x, info["token_size"] = merge(x, size, places, x.shape[1] - r)
             if "places" in info:  # a merged token stands where its odd one stood
                 before = info["places"]

@@ -376,6 +376,10 @@ class AdaptiveViT(Adaptive):
         """
         return block(x)
 
+    def key_bias(self, info: dict[str, Tensor]) -> Tensor | None:
+        """Return what `reduce` adds to the logits of the keys of its next block, [B,1,1,N], if anything."""
+        return None
+
     def read_out(self, x: Tensor, info: dict[str, Tensor]) -> StageOutput:
         """Return the logits [B,K] of tokens [B,N,C] that have passed all blocks, with the stage's info."""
         return StageOutput(self.head(self.norm(x[:, 0])), info)
