@@ -257,7 +257,7 @@ def register_cascade(names: str, cls: type[Exit], text: str, recipe: dict[str, A
     """Register a cascade of exits of one class."""
 
     def make(defaults: dict[str, Any], kwargs: dict[str, Any]) -> DVT:
-        return DVT([build(cls, defaults | {"exit": k}, kwargs) for k in range(DVT.num_exits)])
+        return DVT([build(cls, defaults, kwargs, exit=k) for k in range(DVT.num_exits)])
 
     register(names, DVT, text, make, recipe, **defaults)
 

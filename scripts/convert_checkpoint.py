@@ -8,9 +8,9 @@ Takes the layouts of LF-ViT, CF-ViT, EViT, A-ViT, DVT, DeiT and timm, and safete
 the model's, name for name; to start one model from another's weights, give main_deit.py --finetune.
 """
 
-from pathlib import Path
-
 import _root as _root
+
+from pathlib import Path
 
 import utils
 from checkpointing.format import Results, load_checkpoint, save_checkpoint
