@@ -173,7 +173,7 @@ class StreamState:
         """Run a stage, write its logits as results so far, and start the copy of its decision to the host."""
         stream, n = self.stream, len(inputs.numbers)
         images, info = inputs.images, inputs.info
-        if stream.pad and n < stream.batch_size:
+        if stream.pad and 0 < n < stream.batch_size:
             rows = torch.arange(stream.batch_size, device=images.device).clamp(max=n - 1)
             _, images, info = inputs.take(slice(0), rows)
         with stream.precision.autocast():
@@ -184,7 +184,7 @@ class StreamState:
         slots = self.to_device(inputs.numbers % self.capacity)
         self.logits.index_copy_(0, slots, logits)
         self.exits.index_fill_(0, slots, k)
-        if k == len(self.queues):
+        if k == len(self.queues) or n == 0:
             return
         leaving, copied = leaves(confidence(logits), stream.thresholds[k]), None
         if leaving.is_cuda:

@@ -163,7 +163,8 @@ class Exit(AdaptiveViT):
         (w0, b0), (w1, b1) = ((conv.weight.flatten(1), conv.bias) for conv in self.relation_reuse_conv[::2])
         rows = relation.flatten(2).transpose(1, 2).flatten(0, 1)  # [B*N'*N',L*H]
         mixed = [F.linear(F.gelu(F.linear(part, w0, b0)), w1, b1) for part in rows.split(ROWS)]
-        return torch.cat(mixed).unflatten(0, (len(relation), -1)).transpose(1, 2).view(relation.shape)
+        parts = len(relation), relation.shape[2:].numel()
+        return torch.cat(mixed).unflatten(0, parts).transpose(1, 2).view(relation.shape)
 
     def stage(self, k: int, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:
         x, biases, relation, info = self.embed(images), [None] * len(self.blocks), [], {}
