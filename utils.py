@@ -5,13 +5,14 @@ import errno
 import logging
 import math
 import os
+import select
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 import torch
 import torch.distributed as dist
@@ -292,19 +293,32 @@ def output_written() -> Iterator[None]:
 
     Raises:
         SystemExit: its reader has gone.
-        OSError: it cannot be written.
+        OSError: it cannot be written, or as the body.
     """
+    output = sys.stdout or open(os.devnull, "w")  # closed by the shell's >&-
     try:
-        yield
-    finally:
         try:
-            if sys.stdout is not None:  # closed by the shell's >&-
-                sys.stdout.flush()
-        except OSError as error:  # Python would try again at exit, and fail
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if error.errno == errno.EPIPE:
-                sys.exit(CLOSED_PIPE)
-            raise
+            yield
+        finally:
+            output.flush()
+    except OSError as error:
+        gone = error.errno == errno.EPIPE and reader_has_gone(output)
+        try:
+            output.flush()
+        except OSError:  # Python would try again at exit, and fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+        if gone:
+            sys.exit(CLOSED_PIPE)
+        raise
+
+
+def reader_has_gone(output: TextIO) -> bool:
+    """Return whether a file is a pipe that nobody reads from any more."""
+    with suppress(OSError):  # no file of the system's
+        poll = select.poll()
+        poll.register(output.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    return False
 
 
 @contextmanager
