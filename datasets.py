@@ -18,7 +18,7 @@ from loading.archives import Lmdb, Shards
 from loading.hugging_face import HuggingFace
 from loading.images import load_image
 from loading.token_labels import label_path, load_label
-from utils import NON_NEGATIVE_INT, InputError
+from utils import NON_NEGATIVE_INT, InputError, values_given
 
 DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "CIFAR100", "INAT", "INAT19")
 INAT_CATEGORIES = ("name", "kingdom", "phylum", "class", "order", "supercategory", "family", "genus")
@@ -118,9 +118,10 @@ class INaturalist(Images):
         for file in files:
             if not file.is_file():
                 raise FileNotFoundError(f"no {file}: unpack the iNaturalist {year} annotations into {root}")
-        train, own, categories = (json.loads(file.read_text()) for file in files)
-        of_category = {entry["id"]: entry[category] for entry in categories}
-        seen = dict.fromkeys(of_category[entry["category_id"]] for entry in train["annotations"])
+        with values_given(f"the annotations in {root} are not iNaturalist's"):
+            train, own, categories = (json.loads(file.read_text()) for file in files)
+            of_category = {entry["id"]: entry[category] for entry in categories}
+            seen = dict.fromkeys(of_category[entry["category_id"]] for entry in train["annotations"])
         self.classes = list(seen)
         numbers = {name: i for i, name in enumerate(self.classes)}
         trained = {number for number, name in of_category.items() if name in numbers}
@@ -273,12 +274,10 @@ def train_transform(img_size: int, config: dict[str, Any], **augmentation: Any) 
 
 
 def make_transform(img_size: int, **options: Any) -> Callable:
-    """Make timm's transform; raise InputError for options that timm refuses with other exceptions."""
-    try:
+    """Make timm's transform; raise InputError for options that timm refuses."""
+    named = ", ".join(f"{name} {value}" for name, value in options.items() if isinstance(value, str))
+    with values_given(f"timm makes no transform of {named}"):
         return create_transform(img_size, **options)
-    except (AssertionError, AttributeError, KeyError, NotImplementedError, TypeError) as error:
-        named = ", ".join(f"{name} {value}" for name, value in options.items() if isinstance(value, str))
-        raise InputError(f"timm makes no transform of {named} ({type(error).__name__} {error})") from error
 
 
 # Command-line flags

@@ -4,6 +4,11 @@ python dynamic_inference.py --eval-mode 1 --data_url data/digits --checkpoint_pa
 python dynamic_inference.py --images photos --checkpoint_path output/nano/checkpoint.pth > predictions.csv
 """
 
+if __name__ == "__main__":  # the imports take seconds
+    from checkpointing.interrupt import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import argparse
 import os
 from pathlib import Path

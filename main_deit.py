@@ -7,6 +7,11 @@
 The defaults are DeiT's recipe, with what the model's own recipe changes.
 """
 
+if __name__ == "__main__":  # the imports take seconds
+    from checkpointing.interrupt import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import argparse
 import math
 import os
@@ -585,7 +590,9 @@ def main() -> None:
         # Optimizer; wrapping gives all processes the weights that the moving average starts from.
         wrapped, batch_size = in_parallel(model, context, args.compile), train_loader.batch_size
         objective = make_objective(model, batch_size, args.smoothing, mixing_options(args), bool(labels))
-        optimizer = create_optimizer_v2(model, **optimizer_options(args, batch_size * context.world_size))
+        options = optimizer_options(args, batch_size * context.world_size)
+        with utils.values_given(f"timm makes no optimizer of {options}"):
+            optimizer = create_optimizer_v2(model, **options)
         scheduler, _ = create_scheduler_v2(optimizer, **schedule_options(args, len(train_loader)))
         ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
         rules = args.accumulate, args.clip_grad, args.skip_nonfinite

@@ -5,6 +5,11 @@ python visualize.py --resume output/nano/checkpoint.pth --data-path data/digits 
 python visualize.py --resume output/nano/checkpoint.pth --curve --output_dir pictures
 """
 
+if __name__ == "__main__":  # the imports take seconds
+    from checkpointing.interrupt import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import argparse
 import os
 from pathlib import Path
@@ -63,7 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     datasets.add_bad_images(parser)
     add("--threshold", type=SHARE, default=0.7, help="confidence that lets an image leave early")
     add("--columns", type=POSITIVE_INT, default=2, help="of the contact sheet")
-    add("--seed", type=int, default=0, help="of the random draw")
+    add("--seed", type=NON_NEGATIVE_INT, default=0, help="of the random draw")
     add("--device", help="default: cuda if there is one, else cpu")
     add("--curve", action="store_true", help="draw accuracy against GFLOPs instead, from stored results")
     add("--results", metavar="FILE", help="with --curve: take the results from this JSON, not the checkpoint")

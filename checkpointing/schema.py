@@ -115,7 +115,7 @@ def reads(parser: argparse.ArgumentParser, argv: list[str], name: str, value: An
     """Return whether a parser reads this value of an argument from a command line."""
     try:
         parsed = getattr(parser.parse_args(argv), name)
-    except ValueError:
+    except InputError:
         return False
     return (list(parsed) if isinstance(parsed, tuple) else parsed) == value
 
@@ -151,7 +151,7 @@ def is_like(value: Any, own: Any) -> bool:
 
 @contextmanager
 def damage_reported(source: str) -> Iterator[None]:
-    """Turn what broken state of optimizers, generators and the like raises into a ValueError."""
+    """Turn what broken state of optimizers, generators and the like raises into an InputError."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError) as error:

@@ -70,7 +70,8 @@ class Coverage:
         context = session.context
         self.model, self.count = session.model, 0
         self.boxes = boxes[context.rank :: context.world_size].to(context.device)
-        self.total = torch.zeros(2, dtype=torch.float64, device=context.device)  # shares, images
+        dtype = utils.widest_float(context.device)
+        self.total = torch.zeros(2, dtype=dtype, device=context.device)  # shares, images
 
     def add(self, images: Tensor, outputs: list[StageOutput]) -> None:
         """Add the next batch."""
@@ -81,7 +82,8 @@ class Coverage:
         self.count += len(images)
         overlap = torch.minimum(box[:, 2:], region[:, 2:]) - torch.maximum(box[:, :2], region[:, :2])
         share = overlap.clamp(min=0).prod(dim=-1) / (box[:, 2:] - box[:, :2]).prod(dim=-1)
-        self.total += torch.stack([share.double().sum(), torch.tensor(len(images)).to(share)])
+        share = share.to(self.total).sum()
+        self.total += torch.stack([share, torch.tensor(len(images)).to(share)])
 
     def mean(self) -> float:
         """Return the mean over all processes in percent."""

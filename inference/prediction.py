@@ -56,7 +56,8 @@ def predict_batch(
     """Return number and cells of each image [B,3,S,S] of a batch."""
     model, trained, gflops = session.model, session.trained, session.gflops
     cells: list[list[str]] = [[] for _ in images]
-    spent = torch.zeros(len(images), dtype=torch.float64, device=images.device)  # GFLOPs so far
+    dtype = utils.widest_float(images.device)
+    spent = torch.zeros(len(images), dtype=dtype, device=images.device)  # GFLOPs so far
     with session.precision.autocast():
         steps = list(cascade(model, images, trained.thresholds(threshold)))
     for k, rows, output, _ in steps:

@@ -24,7 +24,7 @@ from timm.data.readers import create_reader
 from torch.utils.data import Dataset
 
 from loading.images import load_image
-from utils import InputError, write_atomically
+from utils import InputError, values_given, write_atomically
 
 if TYPE_CHECKING:
     import lmdb
@@ -211,7 +211,8 @@ class Shards(Archive):
             raise FileNotFoundError(f"no image in {self.paths[0]} and the other shards of {names[0]}")
         largest = int(self.places["label"].max())
         file = root / "classes.txt"
-        listed = [line.strip() for line in file.read_text().splitlines()] if file.is_file() else []
+        with values_given(f"{file} is no text file"):
+            listed = [line.strip() for line in file.read_text().splitlines()] if file.is_file() else []
         if listed and largest >= len(listed):
             raise InputError(f"{file} has {len(listed)} classes, and there is a label {largest}")
         super().__init__(f"{root} ({names[0]})", listed or largest + 1, classes, transform)
@@ -249,7 +250,7 @@ def find_shards(root: Path, names: list[str]) -> tuple[list[Path], str, tuple[in
             import_extra("webdataset", "--data-set wds/")
             try:
                 split = create_reader("wds/", root=str(root), split=name).split_info
-            except (RuntimeError, KeyError, TypeError) as error:
+            except (RuntimeError, KeyError, TypeError, ValueError) as error:
                 reason = str(error)
                 continue
             return [root / file for file in split.filenames], split.alt_label, tuple(split.shard_lengths)

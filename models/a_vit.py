@@ -38,9 +38,11 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor
 
     Args:
         q, k, v: [T,H,d] each, as is the result.
-        lengths: of the sequences, zeros allowed; their sum is T.
+        lengths: of the sequences, zeros allowed, or none at all; their sum is T.
     """
     lengths = [n for n in lengths if n]
+    if not lengths:
+        return v
     longest = max(lengths)
     if min(lengths) == longest:
         batch = (x.unflatten(0, (-1, longest)).transpose(1, 2) for x in (q, k, v))  # [B,H,n,d] each

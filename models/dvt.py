@@ -6,7 +6,6 @@ Grid side s, P = s*s patches, N = P + 1 tokens, and s', P', N' in the transforme
 """
 
 from collections.abc import Callable, Sequence
-from inspect import signature
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ from timm.layers import Mlp, resample_patch_embed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.registry import build, reducers, register
+from models.registry import arguments, build, reducers, register
 from models.t2t import RECIPE, RECIPE_12, T2T_12, T2T_14, T2TViT, grid_sides
 from models.vit import NANO, Adaptive, AdaptiveViT, Block, Picture, StageOutput
 from utils import InputError
@@ -209,7 +208,8 @@ class Exit(AdaptiveViT):
         (w0, b0), (w1, b1) = ((conv.weight.flatten(1), conv.bias) for conv in self.relation_reuse_conv[::2])
         rows = relation.flatten(2).transpose(1, 2).flatten(0, 1)  # [B*N'*N',L*H]
         mixed = [F.linear(F.gelu(F.linear(part, w0, b0)), w1, b1) for part in rows.split(ROWS)]
-        return torch.cat(mixed).unflatten(0, (len(relation), -1)).transpose(1, 2).view(relation.shape)
+        parts = len(relation), relation.shape[2:].numel()
+        return torch.cat(mixed).unflatten(0, parts).transpose(1, 2).view(relation.shape)
 
     def stage(self, k: int, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:
         x, biases, relation, info = self.embed(images), [None] * len(self.blocks), [], {}
@@ -317,11 +317,10 @@ def register_cascade(names: str, cls: type[Exit], text: str, recipe: dict[str, A
 
     def make(defaults: dict[str, Any], kwargs: dict[str, Any]) -> DVT:
         reducer = reducers.get(kwargs.get("reducer"), AdaptiveViT)
-        plain = signature(AdaptiveViT.__init__).parameters
-        own = {"reducer", *signature(reducer.__init__).parameters} - plain.keys()
+        own = {"reducer", *arguments(reducer)} - set(arguments(AdaptiveViT))
         early = {name: value for name, value in kwargs.items() if name not in own}
-        exits = [build(cls, defaults | {"exit": k}, early) for k in range(DVT.num_exits - 1)]
-        return DVT([*exits, build(cls, defaults | {"exit": len(exits)}, kwargs)])
+        exits = [build(cls, defaults, early, exit=k) for k in range(DVT.num_exits - 1)]
+        return DVT([*exits, build(cls, defaults, kwargs, exit=len(exits))])
 
     register(names, DVT, text, make, recipe, **defaults)
 

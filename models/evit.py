@@ -123,7 +123,7 @@ class EViT(AdaptiveViT):
     def check_images(self, images: Tensor) -> None:
         height, width = images.shape[-2:] if images.ndim == 4 else (0, 1)
         if height != width or height % self.patch_size:
-            raise InputError(
+            raise ValueError(
                 f"images are {tuple(images.shape)}, expected [B,3,S,S], S a multiple of {self.patch_size}"
             )
 
@@ -212,6 +212,8 @@ BASE = dict(embed_dim=768, num_heads=12)
 
 def make(defaults: dict[str, Any], kwargs: dict[str, Any]) -> EViT:
     """Build with the published spelling of the rate, `base_keep_rate`, allowed."""
+    if {"base_keep_rate", "keep_rate"} <= kwargs.keys():
+        raise InputError("keep_rate and base_keep_rate are one argument: give one of them")
     if "base_keep_rate" in kwargs:
         kwargs["keep_rate"] = kwargs.pop("base_keep_rate")
     return build(EViT, defaults, kwargs)

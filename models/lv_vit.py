@@ -113,7 +113,7 @@ class CFLVViT(CFViT):
         return Stem(self.patch_size, self.embed_dim, self.stem_width)
 
     def begin(self, images: Tensor) -> dict[str, Tensor]:
-        if not (self.training and self.mix_token):
+        if not (self.training and self.mix_token and len(images)):
             return {}
         return {"mix_box": draw_box(self.stage_size, images.device).expand(len(images), -1)}
 

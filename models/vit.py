@@ -339,7 +339,7 @@ class AdaptiveViT(Adaptive):
 
     def check_images(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[-2:] != (self.img_size, self.img_size):
-            raise InputError(
+            raise ValueError(
                 f"images are {tuple(images.shape)}, expected [B,3,{self.img_size},{self.img_size}]"
             )
 

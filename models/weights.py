@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from models.registry import registered
 from models.vit import Adaptive, StageOutput
-from utils import InputError
+from utils import InputError, values_given
 
 log = logging.getLogger("adaptive-vit")
 # From the path of a published file to `model_name` and `model_kwargs`, as far as its name tells them.
@@ -25,13 +26,19 @@ def create_model(name: str | None, kwargs: dict[str, Any]) -> Adaptive:
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
         raise InputError(f"unknown model {name!r}" + (f"; there are {close}" if close else ""))
-    try:
-        model = timm.create_model(name, **kwargs)
-    except TypeError as error:  # a model of timm does not take the argument
-        raise InputError(f"{name}: {str(error).split('__init__() ')[-1]}") from error
-    if not isinstance(model, Adaptive):
+    if name not in registered:
         raise InputError(f"{name} is a plain timm model: it can be a --baseline, no more")
-    return model
+    return any_model(name, kwargs)
+
+
+def any_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """Build a model of this project or of timm; InputError for arguments that it does not take."""
+    if name in registered:
+        return timm.model_entrypoint(name)(**kwargs)
+    # Without arguments there is nothing of the user's that a model of timm could refuse.
+    given = ", ".join(f"{key}={value}" for key, value in kwargs.items())
+    with values_given(f"{name} with {given}") if kwargs else nullcontext():
+        return timm.create_model(name, **kwargs)
 
 
 class OneStage(Adaptive):
@@ -64,12 +71,9 @@ def baseline_model(
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
     try:
-        model = timm.create_model(name, **kwargs, **({} if img_size is None else {"img_size": img_size}))
-    except (TypeError, ValueError):  # a network that takes any size, or derives its own
-        try:
-            model = timm.create_model(name, **kwargs)
-        except TypeError as error:
-            raise InputError(f"{name}: {str(error).split('__init__() ')[-1]}") from error
+        model = any_model(name, kwargs if img_size is None else kwargs | {"img_size": img_size})
+    except InputError:  # a network that takes any size, or derives its own
+        model = any_model(name, kwargs)
     if not isinstance(model, Adaptive):
         side = img_size or kwargs.get("img_size", model.pretrained_cfg["input_size"][-1])
         model = OneStage(model, side).eval()

@@ -8,13 +8,14 @@
 Weights and images are random; the baseline's own row shows how far two measurements of the same differ.
 """
 
+import _root as _root
+
 import argparse
 import csv
 import gc
 import os
 from pathlib import Path
 
-import _root as _root
 import timm
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -7,6 +7,8 @@ of main_deit.py, say otherwise. Nothing is made twice, so an interrupted compari
 only adds its own run. scripts/compare.sh compares this project's models.
 """
 
+from _root import ROOT
+
 import argparse
 import os
 import shlex
@@ -15,7 +17,6 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from _root import ROOT
 from tabulate import tabulate
 
 import utils

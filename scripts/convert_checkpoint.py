@@ -7,9 +7,9 @@ Takes the layouts that docs/migration.md names, those of DeiT and timm, and safe
 be the model's, name for name; to start one model from another's weights, give main_deit.py --finetune.
 """
 
-from pathlib import Path
-
 import _root as _root
+
+from pathlib import Path
 
 import utils
 from checkpointing.format import Results, load_checkpoint, save_checkpoint

@@ -8,6 +8,8 @@ An unfinished file is called .train.lmdb.part, and a second call goes on where t
 gets its name when everything in it has been compared with the folder.
 """
 
+import _root as _root
+
 import argparse
 import hashlib
 import json
@@ -17,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import _root as _root
 import torch
 
 import datasets
@@ -143,7 +144,7 @@ def convert(
     try:
         with lmdb.open(str(unfinished), subdir=False, map_size=map_size) as environment:
             fill(environment, folder, target.name, batch, threads)
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"{unfinished}: {error}; remove it and begin anew") from error
     except lmdb.Error as error:
         raise OSError(f"cannot write {unfinished}: {error}") from error

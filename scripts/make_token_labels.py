@@ -10,11 +10,12 @@ classes left out (the logarithm of the mean exponential): with those at 0, where
 gives the classifier's own probabilities. Labels that exist are not made again.
 """
 
+import _root as _root
+
 import argparse
 import math
 from pathlib import Path
 
-import _root as _root
 import timm
 import torch
 import torch.nn.functional as F

@@ -3,9 +3,10 @@
 python scripts/report.py CHECKPOINT RESULTS.json
 """
 
+import _root as _root
+
 from typing import Any
 
-import _root as _root
 from tabulate import tabulate
 
 import utils

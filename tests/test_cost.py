@@ -5,9 +5,12 @@ import math
 import pytest
 import timm
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import models  # noqa: F401  (registers the models)
+import utils
 from models.cost import exit_gflops, stage_gflops
 
 LF = [
@@ -101,3 +104,25 @@ def test_counting_leaves_the_model_as_it_was() -> None:
     stage_gflops(model)
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class NoFloat64(TorchDispatchMode):
+    """Fails where an operator makes float64, as Apple's GPUs do."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            assert not (isinstance(value, torch.Tensor) and value.dtype == torch.float64), function
+        return result
+
+
+def test_costs_of_images_need_no_float64_where_the_device_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = timm.create_model("avit_deit_nano").eval()
+    with torch.inference_mode():
+        images = torch.rand(3, 3, 56, 56)
+        exact = model.image_gflops(0, model(images)[0].info)
+        monkeypatch.setattr(utils, "NO_FLOAT64", {"cpu"})
+        with NoFloat64():
+            cost = model.image_gflops(0, model(images)[0].info)
+    assert exact.dtype == torch.float64 and cost.dtype == torch.float32
+    torch.testing.assert_close(cost.double(), exact, rtol=1e-6, atol=0)
