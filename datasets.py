@@ -22,7 +22,7 @@ from loading.files import HIDDEN, IMAGE_ENDINGS, describe, list_folders, list_im
 from loading.hugging_face import HuggingFace
 from loading.images import load_image
 from loading.token_labels import label_path, load_label
-from utils import InputError, log
+from utils import NON_NEGATIVE_INT, InputError, log
 
 DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "CIFAR100", "INAT", "INAT19")
 INAT_CATEGORIES = ("name", "kingdom", "phylum", "class", "order", "supercategory", "family", "genus")
@@ -441,7 +441,7 @@ def add_bad_images(parser: argparse._ActionsContainer) -> None:
     """Add --max-bad-images, see images.BadImages."""
     parser.add_argument(
         "--max-bad-images",
-        type=int,
+        type=NON_NEGATIVE_INT,
         default=0,
         metavar="N",
         help="go on without so many images per split that cannot be read; they are counted, and listed in"

@@ -20,7 +20,7 @@ from inference.evaluation import evaluate_exits, print_stored, sweep_thresholds,
 from inference.prediction import predict_files
 from inference.session import Loading, ResultFile, open_model, open_session
 from models import flags, registry
-from utils import InputError
+from utils import NON_NEGATIVE, NON_NEGATIVE_INT, POSITIVE_INT, SHARE, InputError
 
 MODES = {
     0: "accuracy of each exit",
@@ -47,17 +47,23 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data_url", "--data-path", default="./data", metavar="DIR", help="data folder")
     datasets.add_data_arguments(parser)
     add("--split", default="val", help="folder of the data set to evaluate on")
-    add("--batch_size", "--batch-size", type=int, default=64)
-    add("--num_workers", "--workers", type=int, default=min(8, os.cpu_count() or 1), help="loading processes")
+    add("--batch_size", "--batch-size", type=POSITIVE_INT, default=64)
+    add(
+        "--num_workers",
+        "--workers",
+        type=NON_NEGATIVE_INT,
+        default=min(8, os.cpu_count() or 1),
+        help="loading processes",
+    )
     datasets.add_bad_images(parser)
     datasets.add_device_normalize(parser)
-    add("--threshold", type=float, default=0.5, help="confidence that lets an image leave early, 0 to 1")
-    add("--repeats", type=int, default=3, help="mode 2: timed passes over the data")
-    add("--warmup", type=int, default=3, help="mode 2: untimed batches before each pass")
+    add("--threshold", type=SHARE, default=0.5, help="confidence that lets an image leave early, 0 to 1")
+    add("--repeats", type=POSITIVE_INT, default=3, help="mode 2: timed passes over the data")
+    add("--warmup", type=NON_NEGATIVE_INT, default=3, help="mode 2: untimed batches before each pass")
     add("--baseline", metavar="MODEL", help="mode 2: time this model, unexited, on the same images in turn")
     streaming.add_compile(parser)
     add("--sweep", action="store_true", help="mode 1: sweep even if the checkpoint has thresholds")
-    add("--budget", type=float, metavar="GFLOPS", help="solve for the threshold of this mean cost")
+    add("--budget", type=NON_NEGATIVE, metavar="GFLOPS", help="solve for the threshold of this mean cost")
     add(
         "--solve",
         choices=SOLVERS,
@@ -76,7 +82,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="--budget, --solve: solve on this split; default: on every other image of --split, and test on"
         " the rest",
     )
-    add("--calibration-images", type=int, default=50000, help="at most so many of them, drawn at random")
+    add(
+        "--calibration-images",
+        type=POSITIVE_INT,
+        default=50000,
+        help="at most so many of them, drawn at random",
+    )
     add("--boxes", metavar="CSV", help="mode 0: object boxes; reports how much of them the region covers")
     add("--images", metavar="PATH", help="predict on an image or a folder of unlabelled images")
     add("--output", type=Path, metavar="CSV", help="--images: the table's file; default: standard output")
@@ -95,20 +106,14 @@ def parse() -> argparse.Namespace:
     """Read the command line.
 
     Raises:
-        InputError: a value is out of range, or flags do not go together.
+        InputError: flags do not go together.
         FileNotFoundError: the folder of --output is not there.
     """
     args = make_parser().parse_args()
-    utils.check_range("--threshold", args.threshold, 0, 1)
-    for name in ("batch_size", "repeats", "calibration_images"):
-        utils.check_range(f"--{name}", getattr(args, name), 1)
-    utils.check_range("--max-bad-images", args.max_bad_images, 0)
     if args.boxes and args.max_bad_images:
         raise InputError("--boxes needs every image: not with --max-bad-images")
-    if args.budget is not None:
-        utils.check_range("--budget", args.budget, 0)
-        if args.solve == "geometric":
-            raise InputError("--budget goes with --solve joint: geometric shares are not made for one budget")
+    if args.budget is not None and args.solve == "geometric":
+        raise InputError("--budget goes with --solve joint: geometric shares are not made for one budget")
     if args.vary and len(args.vary) == 1:
         raise InputError(f"--vary takes a name and numbers, not {args.vary[0]} alone")
     for flag, path in (("--output", args.output), ("--results", args.results)):

@@ -231,7 +231,6 @@ def check_flags(args: argparse.Namespace) -> None:
         InputError: they do not.
     """
     mixes = mixing_options(args)
-    utils.check_range("--max-bad-images", args.max_bad_images, 0)
     if mixes and args.batch_size % 2 and not (args.only_test_speed or args.demo):
         raise InputError(
             f"--batch-size {args.batch_size} is odd and mixup pairs images:"

@@ -306,14 +306,3 @@ POSITIVE_INT = Number(int, 1)
 NON_NEGATIVE_INT = Number(int, 0)
 NON_NEGATIVE = Number(float, 0)
 SHARE = Number(float, 0, 1)
-
-
-def check_range(flag: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Check that a flag's value lies in low .. high.
-
-    Raises:
-        InputError: it does not.
-    """
-    if not low <= value <= high:
-        limits = f"{low} to {high}" if high < float("inf") else f"at least {low}"
-        raise InputError(f"{flag} is {value}: take {limits}")

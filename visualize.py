@@ -19,7 +19,7 @@ from inference.pictures import contact_sheet, draw_all, draw_classes, draw_curve
 from inference.session import open_model
 from loading import loaders
 from models import flags
-from utils import InputError, log
+from utils import NON_NEGATIVE_INT, POSITIVE_INT, SHARE, InputError, log
 
 
 def baseline(text: str) -> tuple[str, float, float]:
@@ -46,17 +46,23 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--num-images",
         "--n_visualization",
-        type=int,
+        type=POSITIVE_INT,
         default=24,
         help="how many images of the data set, drawn at random",
     )
     add("--per-class", action="store_true", help="draw of each class the image with the most varied depths")
-    add("--batch-size", type=int, default=64)
+    add("--batch-size", type=POSITIVE_INT, default=64)
     workers = min(8, os.cpu_count() or 1)
-    add("--num_workers", "--workers", type=int, default=workers, help="loading processes of --per-class")
+    add(
+        "--num_workers",
+        "--workers",
+        type=NON_NEGATIVE_INT,
+        default=workers,
+        help="loading processes of --per-class",
+    )
     datasets.add_bad_images(parser)
-    add("--threshold", type=float, default=0.7, help="confidence that lets an image leave early")
-    add("--columns", type=int, default=2, help="of the contact sheet")
+    add("--threshold", type=SHARE, default=0.7, help="confidence that lets an image leave early")
+    add("--columns", type=POSITIVE_INT, default=2, help="of the contact sheet")
     add("--seed", type=int, default=0, help="of the random draw")
     add("--device", help="default: cuda if there is one, else cpu")
     add("--curve", action="store_true", help="draw accuracy against GFLOPs instead, from stored results")
@@ -76,17 +82,13 @@ def parse() -> argparse.Namespace:
     """Read the command line.
 
     Raises:
-        InputError: a value is out of range, flags do not go together, or there is nothing to draw.
+        InputError: flags do not go together, or there is nothing to draw.
     """
     args = make_parser().parse_args()
     if args.per_class and (args.images or not args.data_path):
         raise InputError("--per-class needs labelled images: --data-path DIR, without --images")
     if not (args.images or args.data_path or args.curve):
         raise InputError("nothing to draw: give --data-path DIR or --images PATH, or --curve")
-    utils.check_range("--threshold", args.threshold, 0, 1)
-    for name in ("num_images", "batch_size", "columns"):
-        utils.check_range(f"--{name.replace('_', '-')}", getattr(args, name), 1)
-    utils.check_range("--max-bad-images", args.max_bad_images, 0)
     return args
 
 

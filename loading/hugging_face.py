@@ -63,13 +63,16 @@ class HuggingFace(Archive):
         self.columns = self.columns_of(dataset)
         self.length = len(dataset)
         source = f"hfds/{name} ({splits[0]})"
-        self.own_labels = self.columns[1].unique().to_pylist()
-        for label in self.own_labels or [None]:
-            if not isinstance(label, int) or label < 0:
-                raise InputError(
-                    f"{source}: the column {label_key} must hold class numbers from 0 up, not {label!r}:"
-                    f" --label-key names another of {', '.join(dataset.column_names)}"
-                )
+        labels = self.columns[1]
+        whole = str(labels.type).startswith(("int", "uint", "bool"))
+        self.own_labels = labels.unique().to_pylist() if whole else []
+        bad = [label for label in self.own_labels if label is None or label < 0]
+        if bad or not self.own_labels:
+            raise InputError(
+                f"{source}: the column {label_key} must hold class numbers from 0 up, not"
+                f" {bad[0] if bad else labels.type}: --label-key names another of"
+                f" {', '.join(dataset.column_names)}"
+            )
         names = getattr(dataset.features[label_key], "names", None)  # of a ClassLabel
         super().__init__(source, names or int(max(self.own_labels)) + 1, classes, transform)
 

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.cost import token_gflops
-from models.flags import Flag
 from models.registry import register
-from models.vit import NANO, AdaptiveViT, Block, Knob, Picture, StageOutput
+from models.vit import NANO, AdaptiveViT, Block, Flag, Knob, Picture, StageOutput
 from models.weights import file_name_readers
 from utils import InputError
 

@@ -25,8 +25,8 @@ CHEAP = {
     eq ne bitwise_not bitwise_and __and__ ones_like zeros_like
     dropout_ im2col repeat_interleave reshape_as clamp_min cos sin
     linalg_vector_norm col2im square hardsigmoid
-    scatter_add scatter_reduce index_add minimum maximum abs norm var logical_and logical_or logical_not amin
-    aminmax cumprod fill_ one_hot softplus erf rms_norm
+    new_ones new_zeros scatter_add scatter_reduce index_add minimum maximum abs norm var logical_and
+    logical_or logical_not amin aminmax cumprod fill_ one_hot softplus erf rms_norm
     """.split()
 }
 
@@ -124,16 +124,16 @@ def fit_knob(model: Adaptive, images: Tensor, share: float) -> None:
         images: [B,3,S,S].
         share: from 0 to 1, of the mean cost at the dearer end of the knob.
     """
-    name, (_, low, high) = next(iter(model.knobs.items()))
+    name, (kind, low, high) = next(iter(model.knobs.items()))
 
     def cost(value: float) -> float:
         setattr(model, name, value)
         costs = [model.image_gflops(k, output.info) for k, output in enumerate(model(images))]
-        return torch.stack(costs).sum(dim=0).mean().item()
+        return sum(cost.mean().item() for cost in costs if cost is not None)
 
     cheap, dear = sorted((low, high), key=cost)
     wanted = share * cost(dear)
     for _ in range(20):
-        middle = (cheap + dear) / 2
+        middle = kind((cheap + dear) / 2)
         cheap, dear = (cheap, middle) if cost(middle) > wanted else (middle, dear)
     setattr(model, name, dear)

@@ -1,11 +1,10 @@
 """Turns a published checkpoint into this project's layout, or into safetensors. Nothing in it is ever run.
 
-    python scripts/convert_checkpoint.py dvt_t2t_vit_12.pth.tar dvt.pth --model dvt_t2t_vit_12
-    python scripts/convert_checkpoint.py small-10-75.pth avit.safetensors --model avit_deit_small
-    python scripts/convert_checkpoint.py output/lf_7x7/checkpoint.pth lf.safetensors --use-ema
+    python scripts/convert_checkpoint.py PUBLISHED.pth.tar converted.pth --model NAME
+    python scripts/convert_checkpoint.py output/run/checkpoint.pth weights.safetensors --use-ema
 
-Takes the layouts of LF-ViT, CF-ViT, EViT, A-ViT, DVT, DeiT and timm, and safetensors. The weights have to be
-the model's, name for name; to start one model from another's weights, give main_deit.py --finetune.
+Takes the layouts that docs/migration.md names, those of DeiT and timm, and safetensors. The weights have to
+be the model's, name for name; to start one model from another's weights, give main_deit.py --finetune.
 """
 
 from pathlib import Path

@@ -162,13 +162,19 @@ def parse() -> argparse.Namespace:
         help="folders to convert (train val)",
     )
     datasets.add_val_labels(parser)
-    add("--num_workers", "--workers", type=int, default=4, metavar="N", help="reading threads (4)")
+    add(
+        "--num_workers",
+        "--workers",
+        type=utils.POSITIVE_INT,
+        default=4,
+        metavar="N",
+        help="reading threads (4)",
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
-    utils.check_range("--num_workers", args.num_workers, 1)
     utils.start_logging(utils.Context(torch.device("cpu"), 0, 1))
     labels = dict(val_labels=args.val_labels, val_synsets=args.val_synsets)
     source = datasets.DataSource("IMNET", args.dir, **labels)

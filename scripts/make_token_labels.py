@@ -29,7 +29,7 @@ from loading.loaders import EvalLoader, Shard
 from loading.token_labels import label_path
 from models import AdaptiveViT
 from models.weights import load_weights, model_from_checkpoint
-from utils import InputError
+from utils import NON_NEGATIVE_INT, POSITIVE_INT, InputError
 
 LARGEST_HALF = 2048  # half precision holds whole numbers up to this one
 
@@ -180,11 +180,18 @@ def parse() -> argparse.Namespace:
     add("--checkpoint", metavar="FILE", help="its weights; default: those that timm publishes")
     add("--data-path", required=True, metavar="DIR", help="folder with train/CLASS/IMAGE")
     add("--output", required=True, type=Path, metavar="DIR", help="where CLASS/IMAGE.pt go")
-    add("--top-k", type=int, default=5, metavar="T", help="classes kept in every cell (5)")
-    add("--size", type=int, default=18, metavar="G", help="side of the label in cells (18)")
-    add("--img-size", type=int, metavar="PX", help="side of the model input; default: the model's")
-    add("--batch-size", type=int, default=64, metavar="N")
-    add("--num_workers", "--workers", type=int, default=4, metavar="N", help="loading processes (4)")
+    add("--top-k", type=POSITIVE_INT, default=5, metavar="T", help="classes kept in every cell (5)")
+    add("--size", type=POSITIVE_INT, default=18, metavar="G", help="side of the label in cells (18)")
+    add("--img-size", type=POSITIVE_INT, metavar="PX", help="side of the model input; default: the model's")
+    add("--batch-size", type=POSITIVE_INT, default=64, metavar="N")
+    add(
+        "--num_workers",
+        "--workers",
+        type=NON_NEGATIVE_INT,
+        default=4,
+        metavar="N",
+        help="loading processes (4)",
+    )
     datasets.add_bad_images(parser)
     add("--device", help="default: cuda if there is one, else cpu")
     return parser.parse_args()
@@ -193,17 +200,13 @@ def parse() -> argparse.Namespace:
 @torch.inference_mode()
 def main() -> None:
     args = parse()
-    limits = {"top_k": 1, "size": 1, "batch_size": 1, "num_workers": 0, "max_bad_images": 0}
-    for name, least in limits.items():
-        utils.check_range(f"--{name.replace('_', '-')}", getattr(args, name), least)
-    if args.img_size is not None:
-        utils.check_range("--img-size", args.img_size, 1)
     context = utils.start(args.device)
     utils.start_logging(context)
     device = context.device
     model, config, checkpoint = load_classifier(args.model, args.checkpoint, args.img_size)
     classes = model.num_classes
-    utils.check_range("--top-k", args.top_k, 1, classes)
+    if args.top_k > classes:
+        raise InputError(f"--top-k is {args.top_k}: take 1 to {classes}, the classifier's classes")
 
     # The whole image, not the centre that is cut out in evaluation; the aspect ratio is given up for it.
     look = {key: config[key] for key in ("mean", "std", "interpolation")} | {

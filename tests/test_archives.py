@@ -772,6 +772,7 @@ def test_parquet_folder(tables, numbered: Path, tmp_path: Path) -> None:
 def test_tables_that_do_not_fit(tables, numbered: Path, tmp_path: Path) -> None:
     for name, columns, message in (
         ("words", {"image": [{"bytes": png(), "path": None}], "label": ["cat"]}, "must hold class numbers"),
+        ("lists", {"image": [{"bytes": png(), "path": None}], "label": [[1]]}, "must hold class numbers"),
         (
             "none",
             {"image": [{"bytes": png(), "path": None}], "kind": [1]},
@@ -784,7 +785,8 @@ def test_tables_that_do_not_fit(tables, numbered: Path, tmp_path: Path) -> None:
         ),
     ):
         (tmp_path / name).mkdir()
-        features = {"label": tables.Value("string" if name == "words" else "int64")}
+        kinds = {"words": tables.Value("string"), "lists": tables.List(tables.Value("int64"))}
+        features = {"label": kinds.get(name, tables.Value("int64"))}
         features |= {column: tables.Image() for column in columns if column in ("image", "picture")}
         features = {column: features.get(column, tables.Value("int64")) for column in columns}
         table = tables.Dataset.from_dict(columns, tables.Features(features))

@@ -486,6 +486,7 @@ def test_one_run_per_folder(train: Train, tmp_path: Path) -> None:
         holder.stdout.close()
 
 
+@pytest.mark.slow
 def test_a_new_run_in_an_old_folder_keeps_nothing_of_it(
     train: Train, whole: Callable, tmp_path: Path
 ) -> None:

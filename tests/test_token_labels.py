@@ -566,9 +566,9 @@ def test_labels_that_exist_are_kept(command: Command, pictures: Path, tmp_path: 
     ("argv", "message"),
     [
         ("--top-k 3", "--top-k is 3"),
-        ("--size 0", "--size is 0"),
-        ("--batch-size 0", "--batch-size is 0"),
-        ("--img-size 0", "--img-size is 0"),
+        ("--size 0", "--size: '0' is not a whole number from 1 up"),
+        ("--batch-size 0", "--batch-size: '0' is not a whole number from 1 up"),
+        ("--img-size 0", "--img-size: '0' is not a whole number from 1 up"),
         ("--model deit_nano", "no published weights: give --checkpoint"),
         ("--model test_unknown --checkpoint {model}", "unknown model 'test_unknown'"),
         ("--model test_vit --checkpoint {model}", "does not fit the model"),
