@@ -62,7 +62,7 @@ METRICS = ("top1_f", "top5_f", "top1_c", "top5_c")
 # Flags whose values a resumed run does not take from its checkpoint.
 OF_ONE_RUN = {"data", "data_path", "use_lmdb", "output_dir", "resume", "eval", "demo", "device", "finetune"}
 OF_ONE_RUN |= {"download", "num_workers", "prefetch_factor", "persistent_workers", "test_speed"}
-OF_ONE_RUN |= {"only_test_speed"}
+OF_ONE_RUN |= {"only_test_speed", "val_labels", "val_synsets"}
 
 
 # Flags
@@ -552,8 +552,9 @@ def main() -> None:
         # Model; the number of classes comes from the training folders, or from the checkpoint.
         source = datasets.DataSource.of(args, args.data_path)
         source = source._replace(download=args.download and context.is_local_main)
+        classes = checkpoint.get("class_names")
         with utils.main_first(context):
-            trainset = datasets.build_dataset(source, "train") if trains else None
+            trainset = datasets.build_dataset(source, "train", classes=classes) if trains else None
         kwargs = model_kwargs(args, len(trainset.classes) if trainset else None)
         model, name, kwargs = build_model(checkpoint, args.resume or args.finetune, args.model, kwargs)
         if (args.test_speed or args.only_test_speed) and context.is_main:
@@ -564,7 +565,7 @@ def main() -> None:
         # Evaluation
         config = {key: getattr(args, key) for key in datasets.DATA_CONFIG}
         transform = datasets.eval_transform(model.img_size, config)
-        classes = checkpoint.get("class_names") or (trainset.classes if trainset else None)
+        classes = classes or (trainset.classes if trainset else None)
         valset = datasets.build_dataset(source, "val", transform, classes)
         datasets.check_classes(valset, model.num_classes)
         ranks = context.rank, context.world_size

@@ -81,7 +81,8 @@ def start(device: str | None, seed: int = 0) -> Context:
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    check_range("--seed", seed, 0, 2**31)  # a sum with the rank still fits NumPy's 32 bits
+    if not 0 <= seed <= 2**31:  # a sum with the rank still fits NumPy's 32 bits
+        raise InputError(f"--seed is {seed}: take 0 to {2**31}")
     place = init_distributed_device_so(device=device)
     random_seed(seed, place["global_rank"])
     return Context(

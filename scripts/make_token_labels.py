@@ -163,11 +163,14 @@ def plan(data: datasets.Folder, output: Path, record: dict) -> list[tuple[int, P
             raise InputError(f"{path} and {sources[target]} have one name up to the first dot: rename one")
         sources[target] = path
     file = output / "labels.json"
-    if file.exists() and load_json(file) != record:
+    stored = load_json(file) if file.exists() else {}
+    # Files of before do not name the classes.
+    if stored and {"class_names": data.classes} | stored != record:
         raise InputError(f"{output} holds labels made otherwise (see {file}): give another --output")
     for folder in {target.parent for target in sources}:
         folder.mkdir(parents=True, exist_ok=True)
-    save_json(record, file)
+    if not stored:
+        save_json(record, file)
     return [(i, target) for i, target in enumerate(sources) if not target.exists()]
 
 
@@ -198,7 +201,9 @@ def parse() -> argparse.Namespace:
 @torch.inference_mode()
 def main() -> None:
     args = parse()
-    device = utils.start(args.device).device
+    context = utils.start(args.device)
+    utils.start_logging(context)
+    device = context.device
     model, config, checkpoint = load_classifier(args.model, args.checkpoint, args.img_size)
     classes = model.num_classes
     if args.top_k > classes:
@@ -218,7 +223,8 @@ def main() -> None:
         )
     source = Path(args.checkpoint).name if args.checkpoint else None
     record = {"model": config["name"], "checkpoint": source, "img_size": config["img_size"]}
-    todo = plan(data, args.output, record | {"top_k": args.top_k, "size": args.size})
+    record |= {"top_k": args.top_k, "size": args.size, "class_names": data.classes}
+    todo = plan(data, args.output, record)
 
     model.to(device)
     dtype = torch.float16 if classes <= LARGEST_HALF else torch.float32
