@@ -151,7 +151,7 @@ class Update(NamedTuple):
         scaler: gradient scaler, disabled unless training is in float16.
         ema: moving average of the weights, or None.
         accumulate: batches per update.
-        clip_grad: largest gradient norm, or None.
+        clip_grad: largest gradient norm, or None or 0 for none.
         skip: updates per epoch that may be left out because a loss or a gradient is not finite.
     """
 
@@ -357,7 +357,7 @@ def describe_nonfinite(
 def step_optimizer(model: nn.Module, update: Update, norm: Tensor | None) -> None:
     """Update the weights and their average with gradients of this norm; None throws the gradients away."""
     if norm is not None:
-        if update.clip_grad is not None:
+        if update.clip_grad:
             nn.utils.clip_grads_with_norm_(model.parameters(), update.clip_grad, norm)
         update.scaler.step(update.optimizer)
     update.scaler.update()
