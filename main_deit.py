@@ -39,6 +39,7 @@ from loading.images import Readable
 from loading.loaders import AS_BYTES, DeviceLoader
 from loading.token_labels import PairedTransform, token_targets
 from models import Adaptive, flags, recipe_of
+from models.exits import DEFAULT_THRESHOLD
 from models.weights import (
     create_model,
     initialise_from,
@@ -448,7 +449,7 @@ def in_parallel(model: Adaptive, context: utils.Context, compiled: bool) -> nn.M
 
 def draw_demo(model: Adaptive, loader: DataLoader, config: dict[str, Any], folder: Path | None) -> None:
     """Draw token depths by class, of the images of a loader."""
-    thresholds = [0.7] * (model.num_exits - 1)
+    thresholds = [DEFAULT_THRESHOLD] * (model.num_exits - 1)
     classes = loader.dataset.dataset.classes
     draw_classes(model, loader, config, thresholds, folder or Path("token_act_visualization"), classes)
 
@@ -529,7 +530,7 @@ def train_epochs(
 
 def picture_of(model: Adaptive, data: Data) -> torch.Tensor:
     """Return a contact sheet [3,H,W] of what the model looks at in the first evaluation images."""
-    thresholds = [0.7] * (model.num_exits - 1)
+    thresholds = [DEFAULT_THRESHOLD] * (model.num_exits - 1)
     indices = data.val.dataset.bad.read()[:8].tolist()
     sheet = explain(model, data.val.dataset.dataset, indices, data.config, thresholds)
     return contact_sheet(draw_all(sheet, model.stage_names, data.classes))
