@@ -29,7 +29,7 @@ import datasets
 import utils
 from benchmarks.timing import count_gflops, report_speed
 from checkpointing.folder import checkpoint_interval, load_newest, locked, set_damaged_aside
-from checkpointing.format import load_checkpoint
+from checkpointing.format import chosen_weights, load_checkpoint
 from checkpointing.run import Run, Settings
 from checkpointing.schema import check_arguments, damage_reported
 from engine import Objective, Precision, Update, evaluate, train_one_epoch
@@ -138,7 +138,8 @@ def add_optimisation_flags(group: argparse._ArgumentGroup) -> None:
     add("--cooldown-epochs", type=NON_NEGATIVE_INT, default=0, help="further epochs at --min-lr")
     add("--model-ema", action=OnOff, default=True, help="keep a moving average of the weights")
     add("--model-ema-decay", type=SHARE, default=0.99996)
-    add("--eval-ema", action=OnOff, default=False, help="the average's accuracy decides what is best")
+    averaged = "the average's accuracy decides what is best; with --eval: measure the average"
+    add("--eval-ema", action=OnOff, default=False, help=averaged)
     decides = "accuracy that decides what is best: c first, f last exit"
     add("--eval-metric", default="top1_f", choices=METRICS, help=decides)
 
@@ -211,6 +212,12 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, 
     args.model, args.resume, args.data_path = name, source, args.data_path or args.data
     if args.warmup_epochs is None:
         args.warmup_epochs = min(5, args.epochs / 10)
+    if args.eval or args.demo:
+        args.eval_ema = chosen_weights(checkpoint, given.get("eval_ema")) == "model_ema"
+    elif not args.model_ema:
+        if given.get("eval_ema"):
+            raise InputError("--eval-ema needs the average: not with --no-model-ema")
+        args.eval_ema = False  # of a recipe
     check_flags(args)
     return args, checkpoint
 
@@ -371,7 +378,11 @@ def output_folder(
 
 
 def build_model(
-    checkpoint: dict[str, Any], source: str | None, name: str | None, kwargs: dict[str, Any]
+    checkpoint: dict[str, Any],
+    source: str | None,
+    name: str | None,
+    kwargs: dict[str, Any],
+    use_ema: bool = False,
 ) -> tuple[Adaptive, str, dict[str, Any]]:
     """Build a model with the weights of a checkpoint to resume, or with those to start from, or new ones.
 
@@ -380,12 +391,13 @@ def build_model(
         source: of its weights: the checkpoint's file, or that of --finetune, or None.
         name: of the model; not needed where the checkpoint tells it.
         kwargs: constructor arguments from the command line.
+        use_ema: take the averaged weights of the checkpoint.
 
     Returns:
         The model, its name and its constructor arguments.
     """
     if checkpoint:
-        return model_from_checkpoint(checkpoint, source, name, kwargs)
+        return model_from_checkpoint(checkpoint, source, name, kwargs, use_ema)
     start = load_checkpoint(source) if source else {}
     if start and "model_kwargs" not in start:
         kwargs = published_kwargs(name, start, source) | kwargs
@@ -551,7 +563,8 @@ def main() -> None:
         with utils.main_first(context):
             trainset = datasets.build_dataset(source, "train") if trains else None
         kwargs = model_kwargs(args, len(trainset.classes) if trainset else None)
-        model, name, kwargs = build_model(checkpoint, args.resume or args.finetune, args.model, kwargs)
+        start, averaged = args.resume or args.finetune, args.eval_ema and not trains
+        model, name, kwargs = build_model(checkpoint, start, args.model, kwargs, averaged)
         if (args.test_speed or args.only_test_speed) and context.is_main:
             report_speed(model, name, precision, args.batch_size, folder)
         if args.only_test_speed:
@@ -571,7 +584,8 @@ def main() -> None:
         if args.demo:
             return draw_demo(model, val_loader, config, folder) if context.is_main else None
         if args.eval:
-            return log_measures(evaluate(model, val_loader, precision))
+            log.info("evaluating the %s weights of %s", "averaged" if averaged else "raw", start)
+            return log_measures(evaluate(model, val_loader, precision, "ema_" if averaged else "test_"))
         # Training data
         trainset.side = 2 * model.img_size if args.fast_decode else 0
         augmentation, labels = augmentation_options(args), args.token_label_data if args.token_label else None
@@ -598,7 +612,7 @@ def main() -> None:
         if checkpoint:
             with damage_reported(args.resume):
                 run.restore(checkpoint, args.resume)
-        best_by = score_name(args.eval_metric, args.eval_ema and args.model_ema, model.num_exits)
+        best_by = score_name(args.eval_metric, args.eval_ema, model.num_exits)
         train_epochs(run, wrapped, data, objective, precision, best_by, args.picture_freq)
 
 

@@ -185,11 +185,14 @@ def chosen_weights(checkpoint: dict[str, Any], use_ema: bool | None = None) -> s
     """Return the key of a checkpoint's weights to use: the ones asked for, else those that were chosen.
 
     Args:
-        checkpoint: from `load_checkpoint`; `best_weights` is the key of those that decided what is best.
+        checkpoint: from `load_checkpoint`; `best_weights` is the key of those that decided what is best, in
+            files of earlier versions its arguments tell.
         use_ema: whether the averaged ones are asked for; None where nothing is.
     """
     if use_ema is None:
-        use_ema = checkpoint.get("best_weights") == "model_ema"
+        args = checkpoint.get("args") if isinstance(checkpoint.get("args"), dict) else {}
+        earlier = "model_ema" if args.get("eval_ema") and "model_ema" in checkpoint else "model"
+        use_ema = checkpoint.get("best_weights", earlier) == "model_ema"
     return "model_ema" if use_ema else "model"
 
 
