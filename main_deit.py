@@ -35,7 +35,7 @@ import datasets
 import utils
 from benchmarks.timing import count_gflops, report_speed
 from checkpointing.folder import checkpoint_interval, load_newest, locked, set_damaged_aside
-from checkpointing.format import load_checkpoint
+from checkpointing.format import chosen_weights, load_checkpoint
 from checkpointing.optimizer import make_optimizer, refused_options
 from checkpointing.run import Run, Settings
 from checkpointing.schema import check_arguments, damage_reported
@@ -46,6 +46,7 @@ from loading.images import Readable
 from loading.loaders import AS_BYTES, DeviceLoader
 from loading.token_labels import PairedTransform, token_targets
 from models import Adaptive, flags, recipe_of
+from models.exits import DEFAULT_THRESHOLD
 from models.weights import (
     create_model,
     initialise_from,
@@ -239,11 +240,14 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, 
     args.scaled = [key for key in shares if key not in given and (saved.get(key) is None or key in before)]
     for key in args.scaled:
         setattr(args, key, shares[key])
+    # Which weights decide, or are measured
+    if args.eval or args.demo:
+        args.eval_ema = chosen_weights(checkpoint, given.get("eval_ema")) == "model_ema"
+    elif not args.model_ema and "eval_ema" not in given:
+        args.eval_ema = False  # of a recipe
     check_flags(args)
     if trains:
         check_training_flags(args, given)
-    elif "eval_ema" in given and given["eval_ema"] and "model_ema" not in checkpoint:
-        raise InputError(f"--eval-ema: {source} holds no averaged weights (model_ema)")
     return args, checkpoint
 
 
@@ -514,7 +518,7 @@ def build_model(
     source: str | None,
     name: str | None,
     kwargs: dict[str, Any],
-    average: bool = False,
+    use_ema: bool = False,
 ) -> tuple[Adaptive, str, dict[str, Any]]:
     """Build a model with the weights of a checkpoint to resume, or with those to start from, or new ones.
 
@@ -523,13 +527,13 @@ def build_model(
         source: of its weights: the checkpoint's file, or that of --finetune, or None.
         name: of the model; not needed where the checkpoint tells it.
         kwargs: constructor arguments from the command line.
-        average: take the averaged weights of the checkpoint.
+        use_ema: take the averaged weights of the checkpoint.
 
     Returns:
         The model, its name and its constructor arguments.
     """
     if checkpoint:
-        return model_from_checkpoint(checkpoint, source, name, kwargs, average)
+        return model_from_checkpoint(checkpoint, source, name, kwargs, use_ema)
     start = load_checkpoint(source) if source else {}
     if start and "model_kwargs" not in start:
         kwargs = published_kwargs(name, start, source) | kwargs
@@ -593,7 +597,7 @@ def in_parallel(model: Adaptive, context: utils.Context, compiled: bool) -> nn.M
 
 def draw_demo(model: Adaptive, loader: DataLoader, config: dict[str, Any], folder: Path | None) -> None:
     """Draw token depths by class, of the images of a loader."""
-    thresholds = [0.7] * (model.num_exits - 1)
+    thresholds = [DEFAULT_THRESHOLD] * (model.num_exits - 1)
     classes = loader.dataset.dataset.classes
     draw_classes(model, loader, config, thresholds, folder or Path("token_act_visualization"), classes)
 
@@ -674,7 +678,7 @@ def train_epochs(
 
 def picture_of(model: Adaptive, data: Data) -> torch.Tensor:
     """Return a contact sheet [3,H,W] of what the model looks at in the first evaluation images."""
-    thresholds = [0.7] * (model.num_exits - 1)
+    thresholds = [DEFAULT_THRESHOLD] * (model.num_exits - 1)
     indices = data.val.dataset.bad.read()[:8].tolist()
     sheet = explain(model, data.val.dataset.dataset, indices, data.config, thresholds)
     return contact_sheet(draw_all(sheet, model.stage_names, data.classes))
@@ -703,9 +707,8 @@ def main() -> None:
                 log.handlers[-1].handle(record)
         # Model
         kwargs = model_kwargs(args, len(classes) if trainset and not checkpoint else None)
-        average = not trains and args.eval_ema and "model_ema" in checkpoint
-        weights = args.resume or args.finetune
-        model, name, kwargs = build_model(checkpoint, weights, args.model, kwargs, average)
+        start, averaged = args.resume or args.finetune, args.eval_ema and not trains
+        model, name, kwargs = build_model(checkpoint, start, args.model, kwargs, averaged)
         if trainset:
             datasets.check_classes(trainset, model.num_classes)
         if (args.test_speed or args.only_test_speed) and context.is_main:
@@ -726,11 +729,8 @@ def main() -> None:
         if args.demo:
             return draw_demo(model, val_loader, config, folder) if context.is_main else None
         if args.eval:
-            which, prefix = (
-                ("averaged weights (model_ema)", "ema_") if average else ("weights (model)", "test_")
-            )
-            log.info("evaluating the %s of %s", which, args.resume)
-            return log_measures(evaluate(model, val_loader, precision, prefix))
+            log.info("evaluating the %s weights of %s", "averaged" if averaged else "raw", start)
+            return log_measures(evaluate(model, val_loader, precision, "ema_" if averaged else "test_"))
         # Training data
         trainset.side = 2 * model.img_size if args.fast_decode else 0
         augmentation, labels = augmentation_options(args), args.token_label_data if args.token_label else None

@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -223,6 +224,28 @@ def write_atomically(
             sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path, way_out: str) -> None:
+    """Check, before the work, that its result can be written; its folder may be one that is yet to be made.
+
+    Args:
+        path: the file.
+        way_out: ends the line of the error.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is no regular file")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, "it is read-only")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell of a read-only disk
+            pass
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror}): {way_out}") from error
 
 
 def sync(path: Path) -> None:

@@ -291,15 +291,21 @@ def contact_sheet(pictures: list[Tensor], columns: int = 2) -> Tensor:
     return page[:, SHEET_GAP:-SHEET_GAP, SHEET_GAP:-SHEET_GAP]
 
 
-def save(picture: Tensor, path: Path) -> None:
-    """Write a picture in the format that the name says.
+def check_picture_name(path: Path) -> str:
+    """Return the format that a picture's name says.
 
     Raises:
         InputError: it says none.
     """
     form = Image.registered_extensions().get(path.suffix.lower())
-    if form is None:
+    if form not in Image.SAVE:
         raise InputError(f"{path} is no name of a picture: take one such as picture.png")
+    return form
+
+
+def save(picture: Tensor, path: Path) -> None:
+    """Write a picture in the format that the name says, see `check_picture_name`."""
+    form = check_picture_name(path)
     utils.write_atomically(path, lambda temporary: to_pil_image(picture).save(temporary, form))
 
 
@@ -320,6 +326,7 @@ def draw_classes(
         classes: their names.
         columns: of the contact sheet; more where it would be higher than wide.
     """
+    utils.check_writable(folder / "contact_sheet.png", "name another folder with --output_dir")
     items = most_varied(model, loader, config, thresholds)
     pictures = draw_all(items, model.stage_names, classes)
     folder.mkdir(parents=True, exist_ok=True)
@@ -337,10 +344,7 @@ MARKED = {0.5: "T=0.5", 0.7: "T=0.7", 0.9: "T=0.9"}
 
 def common_threshold(results: Results, at: int) -> float | None:
     """Return the threshold of an operating point, if all its early exits have the same."""
-    thresholds = results.dynamic_threshold
-    if thresholds is None:  # a sweep of 101 points, as files of earlier versions hold it
-        return at / 100
-    early = {round(value, 4) for value in thresholds[at][: len(results.flops or thresholds[at]) - 1]}
+    early = {round(value, 4) for value in results.thresholds_at(at) or ()}
     return early.pop() if len(early) == 1 else None
 
 

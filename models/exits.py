@@ -14,6 +14,8 @@ from torch import Tensor
 
 from utils import InputError
 
+DEFAULT_THRESHOLD = 0.7  # confidence that lets an image leave early, where nothing else is asked for
+
 
 def confidence(logits: Tensor) -> Tensor:
     """Return the maximum softmax probability [B], in float32."""

@@ -41,6 +41,15 @@ def add_model_flags(parser: argparse._ActionsContainer, training: bool = False) 
     add("--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help=further)
 
 
+def add_use_ema(parser: argparse._ActionsContainer) -> None:
+    """Add --use-ema, see `checkpointing.format.chosen_weights`."""
+    parser.add_argument(
+        "--use-ema",
+        action=argparse.BooleanOptionalAction,
+        help="take the averaged weights of the checkpoint, or not; default: those that decided what was best",
+    )
+
+
 def constructor_kwargs(values: dict[str, Any], epochs: float | None = None) -> dict[str, Any]:
     """Return the constructor arguments that were given on a command line.
 

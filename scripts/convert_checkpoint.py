@@ -12,7 +12,8 @@ import _root as _root
 from pathlib import Path
 
 import utils
-from checkpointing.format import Results, load_checkpoint, save_checkpoint
+from checkpointing.format import Results, load_checkpoint, origin, save_checkpoint
+from inference.budgets import other_origin
 from inference.session import open_model
 from models import flags
 from models.cost import exit_gflops
@@ -23,9 +24,9 @@ def make_parser() -> utils.Parser:
     parser = utils.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("input", metavar="INPUT", help="the checkpoint to convert")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="a new file, .pth or .safetensors")
-    parser.add_argument("--use-ema", action="store_true", help="take the averaged weights")
     parser.add_argument("--classes", metavar="FILE", help="class names, one a line, in the model's order")
     flags.add_model_flags(parser)
+    flags.add_use_ema(parser)
     return parser
 
 
@@ -52,15 +53,21 @@ def main() -> None:
         raise InputError(f"{args.output}: name a .pth or a .safetensors file")
     if args.output.exists():
         raise InputError(f"{args.output} is there already: remove it or name another")
+    utils.check_writable(args.output, "name another")
     kwargs = flags.constructor_kwargs(vars(args))
     trained = open_model(load_checkpoint(args.input), args.input, args.model, kwargs, args.use_ema)
     count = trained.model.num_classes
     names = class_names(args.classes, count) if args.classes else trained.class_names
-    # What a published file says of itself stays, but its GFLOPs are those that this code runs.
-    results = Results.of(trained.checkpoint)
+    # What a file says of these weights stays, but its GFLOPs are those that this code runs.
+    other = other_origin(trained, trained.checkpoint)
+    results = Results() if other else Results.of(trained.checkpoint)
+    if other and Results.of(trained.checkpoint).known():
+        log.warning("left out: results of %s", other)
     results.flops = exit_gflops(trained.model)
     keys = {"model": trained.model.state_dict(), "model_name": trained.name, "model_kwargs": trained.kwargs}
     keys |= {"data_config": trained.config} | ({"class_names": names} if names else {}) | results.known()
+    if not other and (of := origin(trained.checkpoint)):
+        keys["results_of"] = {**of, "weights": "model"}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(keys, args.output)
     log.info("wrote %s: %s, %d classes, %s GFLOPs", args.output, trained.name, count, results.flops)

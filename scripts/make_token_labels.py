@@ -25,7 +25,7 @@ from torch.utils.data import Subset
 
 import datasets
 import utils
-from checkpointing.format import load_checkpoint, load_json, save_json
+from checkpointing.format import chosen_weights, load_checkpoint, load_json, save_json
 from loading.loaders import EvalLoader, Shard
 from loading.token_labels import label_path
 from models import AdaptiveViT
@@ -39,7 +39,8 @@ def load_own(name: str, checkpoint: dict, source: str | None, options: dict) -> 
     """Return a plain model of this project with the weights of a checkpoint, and its data config."""
     if source is None:
         raise InputError(f"{name} has no published weights: give --checkpoint")
-    model, *_ = model_from_checkpoint(checkpoint, source, name, options)
+    averaged = chosen_weights(checkpoint) == "model_ema"
+    model, *_ = model_from_checkpoint(checkpoint, source, name, options, averaged)
     if type(model) is not AdaptiveViT:  # the others leave tokens out, or see the image in two resolutions
         raise InputError(f"{name} does not classify every patch: take a plain one such as deit_nano")
     return model, datasets.DATA_CONFIG | {"img_size": model.img_size}

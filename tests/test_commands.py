@@ -561,6 +561,7 @@ def test_results_in_a_file_are_merged(
         "anytime_classification",
         "budgeted_batch_classification",
         "dynamic_threshold",
+        "results_of",
         "timed",
     }
 
