@@ -190,6 +190,7 @@ def main() -> None:
     else:
         options = TimedPasses(args.repeats, args.warmup, args.baseline, args.compile)
         time_early_exit(session, choose_thresholds(trained, *point), options)
+    utils.log.info("these are results of %s, %s", args.checkpoint_path, trained.which_weights())
 
 
 if __name__ == "__main__":

@@ -152,7 +152,8 @@ def main() -> None:
     # The pictures
     if args.per_class:
         loader = loaders.EvalLoader(shard, args.batch_size, num_workers=args.num_workers)
-        return draw_classes(model, loader, **run, folder=folder, classes=classes, columns=args.columns)
+        draw_classes(model, loader, **run, folder=folder, classes=classes, columns=args.columns)
+        return log.info("drawn with %s", trained.which_weights())
     if args.max_bad_images:
         indices = loaders.readable(shard, indices)
     items = explain(model, dataset, indices, **run, batch_size=args.batch_size, labelled=not args.images)
@@ -167,6 +168,7 @@ def main() -> None:
         save(pictures[number - 1], folder / name)
     save(contact_sheet(pictures, args.columns), folder / "contact_sheet.png")
     log.info("wrote %d pictures and contact_sheet.png to %s", len(items), folder)
+    log.info("drawn with %s", trained.which_weights())
 
 
 if __name__ == "__main__":

@@ -69,6 +69,11 @@ class TrainedModel(NamedTuple):
         datasets.check_classes(dataset, self.model.num_classes)
         return dataset
 
+    def which_weights(self) -> str:
+        """Return which weights these are, as text."""
+        epoch = f", epoch {self.checkpoint['epoch']}" if "epoch" in self.checkpoint else ""
+        return f"the {'averaged' if self.weights == 'model_ema' else 'raw'} weights ({self.weights}){epoch}"
+
     def results_of(self, split: str) -> dict[str, Any]:
         """Return what results on a split are of, as files keep it under `results_of`.
 
@@ -88,16 +93,14 @@ def open_model(
     kwargs: dict[str, Any] | None = None,
     use_ema: bool | None = None,
 ) -> TrainedModel:
-    """Build the model of a checkpoint with the weights that `chosen_weights` names, and log which they are.
+    """Build the model of a checkpoint with the weights that `chosen_weights` names.
 
     Other arguments and errors are those of `model_from_checkpoint`.
     """
     weights = chosen_weights(checkpoint, use_ema)
-    averaged = weights == "model_ema"
-    model, name, kwargs = model_from_checkpoint(checkpoint, source, name, kwargs or {}, averaged)
+    asked = checkpoint, source, name, kwargs or {}
+    model, name, kwargs = model_from_checkpoint(*asked, use_ema=weights == "model_ema")
     config = datasets.data_config(model.recipe, checkpoint)
-    epoch = f", epoch {checkpoint['epoch']}" if "epoch" in checkpoint else ""
-    log.info("%s: the %s weights (%s)%s", source, "averaged" if averaged else "raw", weights, epoch)
     classes, checksum = checkpoint.get("class_names"), digest(checkpoint[weights])
     return TrainedModel(model, name, kwargs, config, classes, checkpoint, weights, checksum)
 

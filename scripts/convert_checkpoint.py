@@ -70,7 +70,8 @@ def main() -> None:
         keys["results_of"] = {**of, "weights": "model"}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(keys, args.output)
-    log.info("wrote %s: %s, %d classes, %s GFLOPs", args.output, trained.name, count, results.flops)
+    told = trained.name, trained.which_weights(), count, results.flops
+    log.info("wrote %s: %s, %s, %d classes, %s GFLOPs", args.output, *told)
 
 
 if __name__ == "__main__":
