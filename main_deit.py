@@ -729,7 +729,8 @@ def main() -> None:
         if args.demo:
             return draw_demo(model, val_loader, config, folder) if context.is_main else None
         if args.eval:
-            log.info("evaluating the %s weights of %s", "averaged" if averaged else "raw", start)
+            which = "averaged weights (model_ema)" if averaged else "raw weights (model)"
+            log.info("evaluating the %s of %s", which, start)
             return log_measures(evaluate(model, val_loader, precision, "ema_" if averaged else "test_"))
         # Training data
         trainset.side = 2 * model.img_size if args.fast_decode else 0

@@ -44,10 +44,10 @@ def make_optimizer(parameters: nn.Module | Groups, opt: str, **options: Any) -> 
         InputError: there is none of this name, training cannot run it, or it does not take the options.
     """
     refused_options(opt)
-    count = get_optimizer_info(opt.lower().removeprefix(LOOKAHEAD)).num_betas
+    betas, count = options.get("betas"), get_optimizer_info(opt.lower().removeprefix(LOOKAHEAD)).num_betas
+    if betas is not None and len(betas) != count:
+        raise InputError(f"--opt-betas {' '.join(map(str, betas))}: --opt {opt} takes {count}")
     try:
-        if len(options.get("betas", [None] * count)) != count:
-            raise ValueError(f"it takes {count} betas")
         return create_optimizer_v2(parameters, opt, **options)
     except (AssertionError, ImportError, TypeError, ValueError) as error:
         given = ", ".join(f"{name} {value}" for name, value in options.items())

@@ -198,7 +198,7 @@ def test_evaluation_of_the_average(command: Command, folder: Path, tmp_path: Pat
     printed = dict(re.findall(r"((?:test|ema)_\w+) ([\d.]+)$", ended.err, re.MULTILINE))
     assert printed == {key: f"{value:.3f}" for key, value in entry.items() if key.startswith("ema_")}
     ended = command("main_deit", *argv, "--no-eval-ema")
-    assert "evaluating the weights (model) of" in ended.err
+    assert "evaluating the raw weights (model) of" in ended.err
     assert f"test_exit1_loss {entry['test_exit1_loss']:.3f}" in ended.err and "ema_" not in ended.err
 
 
