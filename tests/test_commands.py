@@ -504,7 +504,7 @@ def test_exact_command_prints_and_stores(
         assert [float(row[0]) for row in rows] == [t / 100 for t in range(0, 101, 5)]
         assert [float(row[2]) for row in rows] == pytest.approx(accuracy[::5], abs=0.01)
         assert [float(row[3]) + float(row[4]) for row in rows] == pytest.approx([100] * 21, abs=0.1)
-    assert after.keys() - before.keys() == {"flops", *STORED[mode]}
+    assert after.keys() - before.keys() == {"flops", "results_of", *STORED[mode]}
     assert all(same(before[key], after[key]) for key in before)
     assert not [path for path in checkpoint.parent.iterdir() if path.name.endswith(".tmp")]
 
