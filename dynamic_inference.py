@@ -4,6 +4,11 @@ python dynamic_inference.py --eval-mode 1 --data_url data/digits --checkpoint_pa
 python dynamic_inference.py --images photos --checkpoint_path output/nano/checkpoint.pth > predictions.csv
 """
 
+if __name__ == "__main__":  # the imports take seconds
+    from checkpointing.interrupt import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import argparse
 import os
 from pathlib import Path
@@ -11,21 +16,28 @@ from pathlib import Path
 import datasets
 import utils
 from benchmarks.early_exit import TimedPasses, time_early_exit
-from checkpointing.format import load_checkpoint
+from checkpointing.format import load_checkpoint, load_json
 from datasets import DataSource
 from engine import Precision
 from inference import streaming
-from inference.budgets import SOLVERS, Calibration, solve_budget, solve_curve
+from inference.budgets import (
+    SOLVERS,
+    Calibration,
+    add_threshold_flags,
+    choose_thresholds,
+    solve_budget,
+    solve_curve,
+)
 from inference.evaluation import evaluate_exits, print_stored, sweep_thresholds, vary_knob
 from inference.prediction import predict_files
 from inference.session import Loading, ResultFile, open_model, open_session
 from models import flags, registry
-from utils import NON_NEGATIVE, NON_NEGATIVE_INT, POSITIVE_INT, SHARE, InputError
+from utils import NON_NEGATIVE, NON_NEGATIVE_INT, POSITIVE_INT, InputError
 
 MODES = {
     0: "accuracy of each exit",
     1: "the checkpoint's thresholds, or a sweep over thresholds",
-    2: "early exit at --threshold, timed",
+    2: "early exit at --threshold, --point or --stored-budget, timed",
     3: "stored results",
 }
 
@@ -36,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
     flags.add_model_flags(parser)
     knobs = dict.fromkeys(name for cls in registry.classes() for name in cls.knobs)
     add("--checkpoint_path", "--resume", metavar="FILE", required=True)
-    flags.add_weights_flag(parser)
+    flags.add_use_ema(parser)
     datasets.add_config_arguments(parser)
     add(
         "--eval-mode",
@@ -58,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     datasets.add_bad_images(parser)
     datasets.add_device_normalize(parser)
-    add("--threshold", type=SHARE, default=0.5, help="confidence that lets an image leave early, 0 to 1")
+    add_threshold_flags(parser)
     add("--repeats", type=POSITIVE_INT, default=3, help="mode 2: timed passes over the data")
     add("--warmup", type=NON_NEGATIVE_INT, default=3, help="mode 2: untimed batches before each pass")
     add("--baseline", metavar="MODEL", help="mode 2: time this model, unexited, on the same images in turn")
@@ -108,7 +120,7 @@ def parse() -> argparse.Namespace:
 
     Raises:
         InputError: flags do not go together.
-        FileNotFoundError: the folder of --output is not there.
+        OSError: a file to be written cannot be.
     """
     args = make_parser().parse_args()
     if args.boxes and args.max_bad_images:
@@ -117,10 +129,29 @@ def parse() -> argparse.Namespace:
         raise InputError("--budget goes with --solve joint: geometric shares are not made for one budget")
     if args.vary and len(args.vary) == 1:
         raise InputError(f"--vary takes a name and numbers, not {args.vary[0]} alone")
-    for flag, path in (("--output", args.output), ("--results", args.results)):
-        if path and (path.is_dir() or flag == "--output" and not path.absolute().parent.is_dir()):
-            raise FileNotFoundError(f"{flag} {path}: name a file in a folder that exists")
+    if args.output and not args.images:
+        raise InputError("--output goes with --images: --results is for results of labelled images")
+    evaluates = not (args.solve or args.vary) and args.budget is None
+    if not (args.images or evaluates and args.eval_mode == 2):
+        for flag, value in (("--point", args.point), ("--stored-budget", args.stored_budget)):
+            if value is not None:
+                raise InputError(f"{flag} goes with --eval-mode 2 and --images")
     return args
+
+
+def check_outputs(args: argparse.Namespace, results: ResultFile) -> None:
+    """Check, before the work, that what is to be written can be.
+
+    Raises:
+        InputError: the checkpoint's layout takes no results.
+        OSError: a file cannot be written.
+    """
+    if args.output:
+        if not args.output.absolute().parent.is_dir():
+            raise FileNotFoundError(f"--output {args.output}: name a file in a folder that exists")
+        utils.check_writable(args.output, "name another with --output")
+    if args.results or not args.images and args.budget is None:  # these two store nothing in a checkpoint
+        results.check()
 
 
 def main() -> None:
@@ -133,8 +164,7 @@ def main() -> None:
     # The model with its data
     checkpoint = load_checkpoint(args.checkpoint_path)
     results = ResultFile(Path(args.checkpoint_path), args.results)
-    if not args.images and args.budget is None:  # these two store nothing in a checkpoint
-        results.check()
+    utils.by_main(context, lambda: check_outputs(args, results))
     kwargs = flags.constructor_kwargs(vars(args))
     config = datasets.given_config(vars(args))
     trained = open_model(checkpoint, args.checkpoint_path, args.model, kwargs, args.use_ema, config)
@@ -144,9 +174,11 @@ def main() -> None:
     source, precision = DataSource.of(args, args.data_url), Precision.of(context.device, args.amp)
     session = open_session(trained, source, args.split, context, precision, loading, results)
     # What is asked of it
+    stored = load_json(args.results) if args.results and args.results.is_file() else None
+    point = args.threshold, args.point, args.stored_budget, stored
     calibration = Calibration(args.calibration, args.calibration_images)
     if args.images:
-        predict_files(session, args.images, args.threshold, args.output)
+        predict_files(session, args.images, choose_thresholds(trained, *point), args.output)
     elif args.budget is not None:
         solve_budget(session, calibration, args.budget, joint=args.solve == "joint")
     elif args.solve:
@@ -159,7 +191,8 @@ def main() -> None:
         sweep_thresholds(session, ignore_stored=args.sweep)
     else:
         options = TimedPasses(args.repeats, args.warmup, args.baseline, args.compile)
-        time_early_exit(session, args.threshold, options)
+        time_early_exit(session, choose_thresholds(trained, *point), options)
+    utils.log.info("these are results of %s, %s", args.checkpoint_path, trained.which_weights())
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from loading.sampler import names_of_batch
 from models import Adaptive, StageOutput
 from models.cost import stage_gflops
 from models.exits import Predictions, choose_exits, confidence, uniform_thresholds
-from utils import InputError, MainError, gather, log, sum_over_ranks
+from utils import MainError, gather, log, sum_over_ranks
 
 
 class Precision(NamedTuple):
@@ -76,7 +76,7 @@ class Step(NamedTuple):
 
 def check_thresholds(model: Adaptive, thresholds: list[float]) -> None:
     if len(thresholds) != model.num_exits - 1:
-        raise InputError(
+        raise ValueError(
             f"{len(thresholds)} thresholds given, the model has {model.num_exits - 1} early exits"
         )
 
@@ -94,7 +94,7 @@ def cascade(model: Adaptive, images: Tensor, thresholds: list[float]) -> Iterato
         One step per stage that has images left.
 
     Raises:
-        InputError: the number of thresholds does not fit the model.
+        ValueError: the number of thresholds does not fit the model.
     """
     check_thresholds(model, thresholds)
     rows, info = torch.arange(len(images), device=images.device), {}
@@ -151,7 +151,7 @@ class Update(NamedTuple):
         scaler: gradient scaler, disabled unless training is in float16.
         ema: moving average of the weights, or None.
         accumulate: batches per update.
-        clip_grad: largest gradient norm, or None.
+        clip_grad: largest gradient norm, or None or 0 for none.
         skip: updates per epoch that may be left out because a loss or a gradient is not finite.
     """
 
@@ -357,7 +357,7 @@ def describe_nonfinite(
 def step_optimizer(model: nn.Module, update: Update, norm: Tensor | None) -> None:
     """Update the weights and their average with gradients of this norm; None throws the gradients away."""
     if norm is not None:
-        if update.clip_grad is not None:
+        if update.clip_grad:
             nn.utils.clip_grads_with_norm_(model.parameters(), update.clip_grad, norm)
         update.scaler.step(update.optimizer)
     update.scaler.update()

@@ -7,18 +7,24 @@
 The defaults are DeiT's recipe, with what the model's own recipe changes.
 """
 
+if __name__ == "__main__":  # the imports take seconds
+    from checkpointing.interrupt import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import argparse
 import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
@@ -29,7 +35,8 @@ import datasets
 import utils
 from benchmarks.timing import count_gflops, report_speed
 from checkpointing.folder import checkpoint_interval, load_newest, locked, set_damaged_aside
-from checkpointing.format import load_checkpoint
+from checkpointing.format import chosen_weights, load_checkpoint
+from checkpointing.optimizer import make_optimizer, refused_options
 from checkpointing.run import Run, Settings
 from checkpointing.schema import check_arguments, damage_reported
 from engine import Objective, Precision, Update, evaluate, train_one_epoch
@@ -39,25 +46,30 @@ from loading.images import Readable
 from loading.loaders import AS_BYTES, DeviceLoader
 from loading.token_labels import PairedTransform, token_targets
 from models import Adaptive, flags, recipe_of
+from models.exits import DEFAULT_THRESHOLD
 from models.weights import (
-    WEIGHTS,
-    chosen_weights,
     create_model,
     inherited_kwargs,
     initialise_from,
     model_from_checkpoint,
     published_name,
+    weights_of,
 )
 from utils import NON_NEGATIVE, NON_NEGATIVE_INT, POSITIVE_INT, SHARE, InputError, log
 
 OnOff = argparse.BooleanOptionalAction
 AMP = ("auto", "none", "fp16", "bf16")
 METRICS = ("top1_f", "top5_f", "top1_c", "top5_c")
+EPOCHS, WARMUP = 300, 5  # of DeiT's recipe
 
 # Flags whose values a resumed run does not take from its checkpoint.
-OF_ONE_RUN = {"data", "data_path", "use_lmdb", "output_dir", "resume", "eval", "demo", "device", "finetune"}
+OF_ONE_RUN = {"data", "data_path", "use_lmdb", "output_dir", "resume", "eval", "demo", "device"}
 OF_ONE_RUN |= {"download", "num_workers", "prefetch_factor", "persistent_workers", "test_speed"}
-OF_ONE_RUN |= {"only_test_speed"}
+OF_ONE_RUN |= {"only_test_speed", "reset_optimizer", "val_labels", "val_synsets"}
+# Flags that shape the start of a run: a resumed run has their effect in its weights and generators.
+OF_THE_START = ("finetune", "seed")
+# Flags of the optimizer's own options, by their names in timm, and its constructor arguments.
+OPTIMIZER_FLAGS = {"eps": "opt_eps", "betas": "opt_betas", "momentum": "momentum"}
 
 
 # Flags
@@ -116,25 +128,34 @@ def add_augmentation_flags(group: argparse._ArgumentGroup) -> None:
 def add_optimisation_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--batch-size", "-b", type=POSITIVE_INT, default=64, help="images per process and batch")
-    add("--epochs", type=POSITIVE_INT, default=300)
+    add("--epochs", type=POSITIVE_INT, default=EPOCHS)
     add("--accumulate", "--grad-accum-steps", type=POSITIVE_INT, default=1, help="batches per update")
-    add("--clip-grad", type=NON_NEGATIVE, help="largest gradient norm")
+    add("--clip-grad", type=NON_NEGATIVE, help="largest gradient norm, 0 for no limit")
     add("--opt", default="adamw", help="any optimizer of timm")
+    add(
+        "--reset-optimizer",
+        action="store_true",
+        help="resume without the optimizer's state, as for another --opt",
+    )
     add("--opt-eps", type=float, help="epsilon of the optimizer")
-    add("--opt-betas", type=float, nargs=2, help="betas of the optimizer")
+    add("--opt-betas", type=float, nargs="+", help="betas of the optimizer")
     add("--momentum", type=NON_NEGATIVE, default=0.9, help="for optimizers that have one")
     add("--weight-decay", type=NON_NEGATIVE, default=0.05)
     add("--lr", type=NON_NEGATIVE, default=5e-4, help="at 512 images per update, see --unscale-lr")
     add("--unscale-lr", action=OnOff, default=False, help="use --lr as it is, whatever the batch")
-    add("--sched", default="cosine", choices=("cosine", "tanh", "step", "multistep", "poly"))
+    steps = "step and multistep: a tenth after each 30 % of --epochs, multistep three times"
+    add("--sched", default="cosine", choices=("cosine", "tanh", "step", "multistep", "poly"), help=steps)
     add("--sched-on-updates", action=OnOff, default=True, help="move the learning rate every update")
     add("--min-lr", type=NON_NEGATIVE, default=1e-5)
     add("--warmup-lr", type=NON_NEGATIVE, default=1e-6)
-    add("--warmup-epochs", type=NON_NEGATIVE, help="default: 5, but no more than a tenth of --epochs")
-    add("--cooldown-epochs", type=NON_NEGATIVE_INT, default=0, help="further epochs at --min-lr")
+    warmup = "default: 5, but no more than a tenth of --epochs; a recipe's shrinks with --epochs"
+    add("--warmup-epochs", type=NON_NEGATIVE, help=warmup)
+    cooldown = "further epochs at --min-lr; a recipe's shrink with --epochs"
+    add("--cooldown-epochs", type=NON_NEGATIVE_INT, default=0, help=cooldown)
     add("--model-ema", action=OnOff, default=True, help="keep a moving average of the weights")
     add("--model-ema-decay", type=SHARE, default=0.99996)
-    add("--eval-ema", action=OnOff, default=False, help="the average's accuracy decides what is best")
+    ema = "the average's accuracy decides what is best, and it is what --eval evaluates"
+    add("--eval-ema", action=OnOff, default=False, help=ema)
     decides = "accuracy that decides what is best: c first, f last exit"
     add("--eval-metric", default="top1_f", choices=METRICS, help=decides)
 
@@ -198,18 +219,111 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, 
         if not source:
             raise InputError("--demo needs the weights to draw with: --finetune FILE")
         name = name or published_name(source)
-    saved = checkpoint.get("args") if isinstance(checkpoint.get("args"), dict) else {}
-    saved = {key: value for key, value in saved.items() if key in defaults.keys() - OF_ONE_RUN}
-    check_arguments(parser, saved, source)
     # One over the other
-    recipe = recipe_of(name)
+    own, recipe = checkpoint.get("args"), recipe_of(name)
+    own = own if isinstance(own, dict) else {}
+    saved = {key: value for key, value in own.items() if key in defaults.keys() - OF_ONE_RUN}
+    check_arguments(parser, saved, source)
+    trains = not given.keys() & {"eval", "demo", "only_test_speed"}
+    if trains and checkpoint:
+        check_resumed(given, saved, checkpoint, source)
+    saved, given = without_what_is_replaced(saved, given)
     config = datasets.data_config(recipe, start)
     args = argparse.Namespace(**(defaults | config | recipe | saved | given))
     args.model, args.resume, args.data_path = name, source, args.data_path or args.data
-    if args.warmup_epochs is None:
-        args.warmup_epochs = min(5, args.epochs / 10)
+    # What a shorter run has less of
+    shares, before = scaled_epochs(recipe, args.epochs), own.get("scaled")
+    before = before if isinstance(before, list) else []
+    args.scaled = [key for key in shares if key not in given and (saved.get(key) is None or key in before)]
+    for key in args.scaled:
+        setattr(args, key, shares[key])
+    # Which weights decide, or are measured
+    if args.eval or args.demo:
+        args.eval_ema = chosen_weights(checkpoint, given.get("eval_ema")) == "model_ema"
+    elif not args.model_ema and "eval_ema" not in given:
+        args.eval_ema = False  # of a recipe
     check_flags(args)
+    if trains:
+        check_training_flags(args, given)
     return args, checkpoint
+
+
+def check_resumed(
+    given: dict[str, Any], saved: dict[str, Any], checkpoint: dict[str, Any], source: str
+) -> None:
+    """Check that a run can go on from a checkpoint with the flags that were given.
+
+    Raises:
+        InputError: the checkpoint is not of a run, or a flag is for a run that starts.
+    """
+    if not saved or "optimizer" not in checkpoint:
+        what = "no state of a run of this command" if "optimizer" in checkpoint else "weights only"
+        raise InputError(f"{source} holds {what}; start from it with --finetune")
+    opt = given.get("opt", saved.get("opt"))
+    if opt != saved.get("opt") and "reset_optimizer" not in given:
+        raise InputError(
+            f"--opt {opt}: the run of {source} has {saved.get('opt')}, whose state is of no use to {opt};"
+            " --reset-optimizer goes on without it"
+        )
+    for name in OF_THE_START:
+        if name in given and given[name] != saved.get(name, given[name]):
+            before = "without" if saved[name] is None else f"with {saved[name]}"
+            raise InputError(
+                f"--{name} {given[name]}: the run of {source} started {before}; resuming cannot change that"
+            )
+    wanted = flags.key_values("--model-kwargs", given.get("model_kwargs", []))
+    if "init" in wanted and wanted["init"] != checkpoint.get("model_kwargs", {}).get("init"):
+        raise InputError(f"--model-kwargs init={wanted['init']}: the weights of {source} are initialised")
+
+
+def without_what_is_replaced(
+    saved: dict[str, Any], given: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the saved arguments without those that given ones replace under another name.
+
+    An argument of the model's constructor has two names where there is a flag for it: the flag, and a pair
+    KEY=VALUE of --model-kwargs. The given pairs come back with those that are still those of the run.
+
+    Raises:
+        InputError: both are given.
+    """
+    saved, given = saved.copy(), given.copy()
+    targets = {flag.words[0]: flag.target for flag in flags.declared_flags()} | {"img_size": "img_size"}
+    pairs = flags.key_values("--model-kwargs", given.get("model_kwargs", []))
+    for name, target in targets.items():
+        if target in pairs and name in given:
+            raise InputError(f"--model-kwargs {target}=... and --{name.replace('_', '-')}: give one of them")
+        if target in pairs:
+            saved.pop(name, None)
+    replaced = pairs.keys() | {target for name, target in targets.items() if name in given}
+    kept = [pair for pair in saved.pop("model_kwargs", None) or [] if pair.partition("=")[0] not in replaced]
+    if kept:
+        given["model_kwargs"] = [*kept, *given.get("model_kwargs", [])]
+    if given.get("opt", saved.get("opt")) != saved.get("opt"):
+        saved = {name: value for name, value in saved.items() if name not in OPTIMIZER_FLAGS.values()}
+    return saved, given
+
+
+def scaled_epochs(recipe: dict[str, Any], epochs: int) -> dict[str, Any]:
+    """Return the epochs of warm-up and cooldown that a run has where no flag says how many.
+
+    A recipe's are in proportion where a run has fewer epochs than the recipe.
+    """
+    warmup, cooldown = recipe.get("warmup_epochs"), recipe.get("cooldown_epochs", 0)
+    share = min(1, epochs / recipe.get("epochs", EPOCHS))
+    return dict(
+        warmup_epochs=min(WARMUP, epochs / 10) if warmup is None else warmup * share,
+        cooldown_epochs=round(cooldown * share),
+    )
+
+
+def log_scaled(args: argparse.Namespace) -> None:
+    """Log which epochs of warm-up and cooldown a short run has less of."""
+    full = {"warmup_epochs": WARMUP, "cooldown_epochs": 0} | recipe_of(args.model)
+    less = [name for name in args.scaled if getattr(args, name) != full[name]]
+    texts = [f"--{name.replace('_', '-')} {full[name]} to {getattr(args, name):g}" for name in less]
+    if less:
+        log.info("scaled to %d epochs: %s", args.epochs, ", ".join(texts))
 
 
 def open_checkpoint(resume: str | None, output_dir: str | None) -> tuple[str | None, dict[str, Any]]:
@@ -228,22 +342,46 @@ def check_flags(args: argparse.Namespace) -> None:
     Raises:
         InputError: they do not.
     """
+    if not args.data_path and not args.only_test_speed:
+        raise InputError("no data: give the folder that holds train/ and val/ with --data-path DIR")
+    if args.eval and not args.resume:
+        raise InputError("--eval needs the checkpoint to evaluate: --resume FILE")
+
+
+def check_training_flags(args: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Check that the flags of training go together, and that each has an effect.
+
+    Args:
+        args: all of them.
+        given: those of the command line.
+
+    Raises:
+        InputError: they do not.
+    """
     mixes = mixing_options(args)
-    if mixes and args.batch_size % 2 and not (args.only_test_speed or args.demo):
+    if mixes and args.batch_size % 2:
         raise InputError(
             f"--batch-size {args.batch_size} is odd and mixup pairs images:"
             " take an even one, or --mixup 0 --cutmix 0"
         )
-    if not args.data_path and not args.only_test_speed:
-        raise InputError("no data: give the folder that holds train/ and val/ with --data-path DIR")
     if args.token_label and not args.token_label_data:
         raise InputError("--token-label needs the folder of the labels: --token-label-data DIR")
     if args.token_label and (args.data_set != "IMNET" or args.use_lmdb or args.no_aug or mixes):
         raise InputError(
             "--token-label goes with --data-set IMNET, --mixup 0 and --cutmix 0, without --no-aug, --use-lmdb"
         )
-    if args.eval and not args.resume:
-        raise InputError("--eval needs the checkpoint to evaluate: --resume FILE")
+    if given.get("eval_ema") and not args.model_ema:
+        raise InputError("--eval-ema needs the average: --model-ema")
+    if "min_lr" in given and args.sched in ("step", "multistep"):
+        raise InputError(f"--min-lr: --sched {args.sched} has no lowest rate")
+    pairs = flags.key_values("--model-kwargs", given.get("model_kwargs", []))
+    for name, way in (("drop_path_rate", "give it as --drop-path"), ("num_classes", "the data tell it")):
+        if name in pairs:
+            raise InputError(f"--model-kwargs {name}={pairs[name]}: {way}")
+    for option in refused_options(args.opt):
+        if (flag := OPTIMIZER_FLAGS[option]) in given:
+            raise InputError(f"--{flag.replace('_', '-')}: --opt {args.opt} has no {option}")
+    make_optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))]}], **optimizer_options(args, 512))
 
 
 # From flags to the options of what is built
@@ -295,7 +433,7 @@ def loading_options(args: argparse.Namespace, device: torch.device) -> dict[str,
 
 
 def optimizer_options(args: argparse.Namespace, global_batch_size: int) -> dict[str, Any]:
-    """Return arguments of create_optimizer_v2."""
+    """Return arguments of make_optimizer."""
     optional = {"eps": args.opt_eps, "betas": args.opt_betas}
     return dict(
         opt=args.opt,
@@ -314,12 +452,16 @@ def schedule_options(args: argparse.Namespace, batches: int) -> dict[str, Any]:
         min_lr=args.min_lr,
         warmup_lr=args.warmup_lr,
         warmup_epochs=args.warmup_epochs,
+        decay_epochs=0.3 * args.epochs,
+        decay_milestones=[share * args.epochs for share in (0.3, 0.6, 0.9)],
         step_on_epochs=not args.sched_on_updates,
         updates_per_epoch=math.ceil(batches / args.accumulate),
     )
 
 
-def run_settings(args: argparse.Namespace, folder: Path | None, constant: dict[str, Any]) -> Settings:
+def run_settings(
+    args: argparse.Namespace, folder: Path | None, best_by: str, constant: dict[str, Any]
+) -> Settings:
     """Return where a run writes, how often, and what is the same in all its checkpoints."""
     return Settings(
         folder=folder,
@@ -328,7 +470,8 @@ def run_settings(args: argparse.Namespace, folder: Path | None, constant: dict[s
         save_freq=args.save_freq,
         keep_last=args.keep_last,
         print_freq=args.print_freq,
-        constant=constant,
+        best_by=best_by,
+        constant=constant | {"args": vars(args)},
     )
 
 
@@ -368,7 +511,11 @@ def output_folder(
 
 
 def build_model(
-    checkpoint: dict[str, Any], source: str | None, name: str | None, kwargs: dict[str, Any], trains: bool
+    checkpoint: dict[str, Any],
+    source: str | None,
+    name: str | None,
+    kwargs: dict[str, Any],
+    use_ema: bool = False,
 ) -> tuple[Adaptive, str, dict[str, Any]]:
     """Build a model with the weights of a checkpoint to resume, or with those to start from, or new ones.
 
@@ -377,22 +524,20 @@ def build_model(
         source: of its weights: the checkpoint's file, or that of --finetune, or None.
         name: of the model; not needed where the checkpoint tells it.
         kwargs: constructor arguments from the command line.
-        trains: whether to go on with the weights that are trained, whichever the best epoch was chosen by.
+        use_ema: take the averaged weights of the checkpoint.
 
     Returns:
         The model, its name and its constructor arguments.
     """
-    if not source:
-        return create_model(name, kwargs), name, kwargs
-    start = checkpoint or load_checkpoint(source)
-    use_ema = False if checkpoint and trains else None
-    weights, key = chosen_weights(start, source, use_ema)
-    log.info("%s (%s) of %s", WEIGHTS[key], key, source)
     if checkpoint:
         return model_from_checkpoint(checkpoint, source, name, kwargs, use_ema)
+    if not source:
+        return create_model(name, kwargs), name, kwargs
+    start = load_checkpoint(source)
     kwargs = inherited_kwargs(name, start, source) | kwargs
     model = create_model(name, kwargs)
-    initialise_from(model, weights, source)
+    log.info("starting from the weights under %s of %s", chosen_weights(start), source)
+    initialise_from(model, weights_of(start, source), source)
     return model, name, kwargs
 
 
@@ -450,7 +595,7 @@ def in_parallel(model: Adaptive, context: utils.Context, compiled: bool) -> nn.M
 
 def draw_demo(model: Adaptive, loader: DataLoader, config: dict[str, Any], folder: Path | None) -> None:
     """Draw token depths by class, of the images of a loader."""
-    thresholds = [0.7] * (model.num_exits - 1)
+    thresholds = [DEFAULT_THRESHOLD] * (model.num_exits - 1)
     classes = loader.dataset.dataset.classes
     draw_classes(model, loader, config, thresholds, folder or Path("token_act_visualization"), classes)
 
@@ -485,7 +630,6 @@ def train_epochs(
     data: Data,
     objective: Objective,
     precision: Precision,
-    best_by: str,
     picture_freq: int,
 ) -> None:
     """Train, evaluate and save for all epochs that are left.
@@ -496,7 +640,6 @@ def train_epochs(
         data: what to train and evaluate on.
         objective: what is minimised.
         precision: device and autocast type.
-        best_by: the measure that decides which epoch is the best.
         picture_freq: epochs between TensorBoard pictures, 0 for none.
     """
     name, model, update = run.settings.constant["model_name"], run.model, run.update
@@ -504,6 +647,8 @@ def train_epochs(
     log.info("%s: %d parameters, %d training and %d validation images", name, *counts)
     if run.context.is_main and (gflops := count_gflops(model, name)):
         log.info("GFLOPs per exit: %s", ", ".join(f"{cost:.3f}" for cost in gflops))
+    if run.epoch >= run.epochs:
+        log.info("nothing is left to train: %d epochs are done, of %d", run.epoch, run.epochs)
     with run.started():
         while run.epoch < run.epochs:
             epoch = run.epoch
@@ -521,7 +666,7 @@ def train_epochs(
                 measures |= evaluate(update.ema.module, data.val, precision, "ema_")
             # Logs and checkpoints
             entry = {f"train_{name}": value for name, value in losses.items()} | measures
-            run.end_epoch(entry, measures[best_by])
+            run.end_epoch(entry, measures[run.settings.best_by])
             exits = enumerate(model.stage_names)
             accuracy = [f"{stage} {measures[f'test_exit{k}_acc1']:.2f}" for k, stage in exits]
             log.info("epoch %d: top-1 %s; best %.2f", epoch, ", ".join(accuracy), run.best)
@@ -531,7 +676,7 @@ def train_epochs(
 
 def picture_of(model: Adaptive, data: Data) -> torch.Tensor:
     """Return a contact sheet [3,H,W] of what the model looks at in the first evaluation images."""
-    thresholds = [0.7] * (model.num_exits - 1)
+    thresholds = [DEFAULT_THRESHOLD] * (model.num_exits - 1)
     indices = data.val.dataset.bad.read()[:8].tolist()
     sheet = explain(model, data.val.dataset.dataset, indices, data.config, thresholds)
     return contact_sheet(draw_all(sheet, model.stage_names, data.classes))
@@ -545,16 +690,25 @@ def main() -> None:
     precision = Precision.of(context.device, args.amp, args.channels_last)
     folder = Path(args.output_dir) if args.output_dir else None
     trains = not (args.eval or args.demo or args.only_test_speed)
+    # Training images, of the checkpoint's classes if there is one; nothing is written if they are not there.
+    classes = checkpoint.get("class_names")
+    source = datasets.DataSource.of(args, args.data_path)
+    source = source._replace(download=args.download and context.is_local_main)
+    utils.start_logging(context)
+    log.addHandler(earlier := MemoryHandler(1000, flushLevel=100, flushOnClose=False))
+    with utils.main_first(context):
+        trainset = datasets.build_dataset(source, "train", classes=classes) if trains else None
+    classes = trainset.classes if trainset else classes
     with output_folder(folder, args.resume, context, trains):
-        # Model; the number of classes comes from the training folders, or from the checkpoint.
-        source = datasets.DataSource.of(args, args.data_path)
-        source = source._replace(download=args.download and context.is_local_main)
-        with utils.main_first(context):
-            trainset = datasets.build_dataset(source, "train") if trains else None
-        kwargs = model_kwargs(args, len(trainset.classes) if trainset else None)
-        model, name, kwargs = build_model(
-            checkpoint, args.resume or args.finetune, args.model, kwargs, trains
-        )
+        if folder and context.is_main:
+            for record in earlier.buffer:
+                log.handlers[-1].handle(record)
+        # Model
+        kwargs = model_kwargs(args, len(classes) if trainset and not checkpoint else None)
+        start, averaged = args.resume or args.finetune, args.eval_ema and not trains
+        model, name, kwargs = build_model(checkpoint, start, args.model, kwargs, averaged)
+        if trainset:
+            datasets.check_classes(trainset, model.num_classes)
         if (args.test_speed or args.only_test_speed) and context.is_main:
             report_speed(model, name, precision, args.batch_size, folder)
         if args.only_test_speed:
@@ -564,7 +718,6 @@ def main() -> None:
         config = {key: getattr(args, key) for key in datasets.DATA_CONFIG}
         log.info("images: %d pixels, %s", model.img_size, datasets.describe_config(config))
         transform = datasets.eval_transform(model.img_size, config)
-        classes = checkpoint.get("class_names") or (trainset.classes if trainset else None)
         valset = datasets.build_dataset(source, "val", transform, classes)
         datasets.check_classes(valset, model.num_classes)
         ranks = context.rank, context.world_size
@@ -575,7 +728,9 @@ def main() -> None:
         if args.demo:
             return draw_demo(model, val_loader, config, folder) if context.is_main else None
         if args.eval:
-            return log_measures(evaluate(model, val_loader, precision))
+            which = "averaged weights (model_ema)" if averaged else "raw weights (model)"
+            log.info("evaluating the %s of %s", which, start)
+            return log_measures(evaluate(model, val_loader, precision, "ema_" if averaged else "test_"))
         # Training data
         trainset.side = 2 * model.img_size if args.fast_decode else 0
         augmentation, labels = augmentation_options(args), args.token_label_data if args.token_label else None
@@ -586,26 +741,28 @@ def main() -> None:
         if args.device_normalize:
             erasing = {key: augmentation[key] for key in ("re_prob", "re_mode", "re_count")}
             train_loader = DeviceLoader(train_loader, context.device, config, **erasing)
-        data = Data(train_loader, readable, val_loader, config, list(trainset.classes))
+        data = Data(train_loader, readable, val_loader, config, list(classes))
         # Optimizer; wrapping gives all processes the weights that the moving average starts from.
         wrapped, batch_size = in_parallel(model, context, args.compile), train_loader.batch_size
         objective = make_objective(model, batch_size, args.smoothing, mixing_options(args), bool(labels))
-        optimizer = create_optimizer_v2(model, **optimizer_options(args, batch_size * context.world_size))
+        make = partial(make_optimizer, **optimizer_options(args, batch_size * context.world_size))
+        optimizer = make(model)
         scheduler, _ = create_scheduler_v2(optimizer, **schedule_options(args, len(train_loader)))
         ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
         rules = args.accumulate, args.clip_grad, args.skip_nonfinite
         update = Update(optimizer, scheduler, precision.scaler(), ema, *rules)
         # Epochs
-        averaged = args.eval_ema and args.model_ema
+        log_scaled(args)
         constant = dict(model_name=name, model_kwargs=kwargs, class_names=data.classes, data_config=config)
+        averaged = args.eval_ema and args.model_ema
         constant |= {"best_weights": "model_ema" if averaged else "model"}
-        settings = run_settings(args, folder, constant | {"args": vars(args)})
+        best_by = score_name(args.eval_metric, averaged, model.num_exits)
+        settings = run_settings(args, folder, best_by, constant)
         run = Run(settings, context, model, update, batch_size * context.world_size, len(train_loader))
         if checkpoint:
             with damage_reported(args.resume):
-                run.restore(checkpoint, args.resume)
-        best_by = score_name(args.eval_metric, averaged, model.num_exits)
-        train_epochs(run, wrapped, data, objective, precision, best_by, args.picture_freq)
+                run.restore(checkpoint, args.resume, None if args.reset_optimizer else make)
+        train_epochs(run, wrapped, data, objective, precision, args.picture_freq)
 
 
 if __name__ == "__main__":

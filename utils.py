@@ -1,15 +1,19 @@
 """Distributed set-up, logging, errors and exit codes, the argument parser."""
 
 import argparse
+import errno
 import logging
 import math
 import os
+import select
+import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 import torch
 import torch.distributed as dist
@@ -30,6 +34,11 @@ class MainError(Exception):
     """A command's own failure: one line, exit code 1."""
 
 
+CLOSED_PIPE = 128 + signal.SIGPIPE  # what a shell says of a tool whose reader has gone, as in `... | head -1`
+# Errors of the machine, not of what a user gave: a full disk, a device that fails, no memory, too many files.
+FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EPIPE)
+# What libraries raise for values that they do not take.
+REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 STOPPED = 75  # exit code of a run that a signal has stopped: start it again with --resume auto (EX_TEMPFAIL)
 
 
@@ -69,21 +78,45 @@ def start(device: str | None, seed: int = 0) -> Context:
     """Join the process group that torchrun describes, if any, and seed every generator with seed + rank.
 
     Raises:
-        InputError: a CUDA device was asked for and there is none.
+        InputError: there is no such device, or the seed is out of range.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: no CUDA device is visible; use --device cpu")
-    try:
-        if torch.device(device).type not in ("cpu", "cuda", "mps", "xpu"):
-            raise RuntimeError("take cpu or cuda")
-        place = init_distributed_device_so(device=device)
-    except RuntimeError as error:
-        raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    check_device(device)
+    if not 0 <= seed <= 2**31:  # a sum with the rank still fits NumPy's 32 bits
+        raise InputError(f"--seed is {seed}: take 0 to {2**31}")
+    place = init_distributed_device_so(device=device)
     random_seed(seed, place["global_rank"])
     return Context(
         torch.device(place["device"]), place["global_rank"], place["world_size"], place["local_rank"]
     )
+
+
+def check_device(device: str) -> None:
+    """Check that there is a device of this name.
+
+    Raises:
+        InputError: the name is none, or this machine or this build of PyTorch has no such device.
+    """
+    try:
+        kind, index = (wanted := torch.device(device)).type, wanted.index or 0
+        if kind != "cpu":  # each process of this machine has one of its own
+            index = max(index, int(os.environ.get("LOCAL_RANK", 0)))
+    except RuntimeError as error:
+        raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    if kind not in ("cpu", "cuda", "mps", "xpu"):
+        raise InputError(f"--device {device}: take cpu, cuda, mps or xpu")
+    count = getattr(torch, kind).device_count()
+    if index >= count:
+        there = f"there are {count}" if count else f"no {kind.upper()} device is visible"
+        raise InputError(f"--device {device}: {there}; use --device cpu")
+
+
+NO_FLOAT64 = {"mps"}  # types of device
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 for a device that has no more."""
+    return torch.float32 if device.type in NO_FLOAT64 else torch.float64
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
@@ -193,6 +226,28 @@ def write_atomically(
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: Path, way_out: str) -> None:
+    """Check, before the work, that its result can be written; its folder may be one that is yet to be made.
+
+    Args:
+        path: the file.
+        way_out: ends the line of the error.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is no regular file")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, "it is read-only")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell of a read-only disk
+            pass
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror}): {way_out}") from error
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's entries, are on disk."""
     opened = os.open(path, os.O_RDONLY)
@@ -206,34 +261,104 @@ def sync(path: Path) -> None:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command; bad input becomes one line on stderr and exit code 2, a failure of its own code 1."""
+    """Run a command and end the process where it does not succeed.
+
+    Bad input is exit code 2 after a line on stderr, an interruption 130 after a line. A failure of its own is
+    1, after a line where it is foreseen, else after its traceback. Where the reader of standard output has
+    gone, the exit code is CLOSED_PIPE, without a word.
+    """
     name = Path(sys.argv[0]).name
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # as in the background of a shell script
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with loaders_closed():
+        with loaders_closed(), output_written():
             main()
     except (InputError, OSError) as error:
-        # A data loader's worker hands its exception on as a traceback: the last line says what happened.
-        text = str(error).strip()
-        line = (
-            text.splitlines()[-1].split("Error: ", 1)[-1]
-            if "Original Traceback" in text
-            else " ".join(text.split())
-        )
-        print(f"{name}: error: {line}", file=sys.stderr)
-        sys.exit(2)
+        line = one_line(error)
+        # By the text: a loading process hands on no more of an error, nor does an InputError that it causes.
+        if any(f"[Errno {number}]" in line for number in FAILURES):
+            end(f"{name}: failed: {line}", 1)
+        end(f"{name}: error: {line}", 2)
     except MainError as error:
-        print(f"{name}: failed: {error}", file=sys.stderr)
-        sys.exit(1)
+        end(f"{name}: failed: {error}", 1)
     except Stopped as stop:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{name}: {stop}", file=sys.stderr)
-        sys.exit(STOPPED)
+        end(f"{name}: {stop}" if int(os.environ.get("RANK", 0)) == 0 else "", STOPPED)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough
+        end(f"{name}: interrupted", 130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        signal.signal(signal.SIGINT, before)
+
+
+def one_line(error: Exception) -> str:
+    """Return the text of an error as one line.
+
+    A data loader's worker hands its exception on as a traceback: the last line says what happened.
+    """
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        return text.splitlines()[-1].split("Error: ", 1)[-1]
+    return " ".join(text.split())
+
+
+def end(line: str, code: int) -> NoReturn:
+    """Exit with a code after a line on stderr, where that can still be written."""
+    with suppress(OSError):
+        print(line, end="\n" if line else "", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+@contextmanager
+def output_written() -> Iterator[None]:
+    """Write out, after the body, what standard output still holds, while an error can be told.
+
+    Raises:
+        SystemExit: its reader has gone.
+        OSError: it cannot be written, or as the body.
+    """
+    output = sys.stdout or open(os.devnull, "w")  # closed by the shell's >&-
+    try:
+        try:
+            yield
+        finally:
+            output.flush()
+    except OSError as error:
+        gone = error.errno == errno.EPIPE and reader_has_gone(output)
+        try:
+            output.flush()
+        except OSError:  # Python would try again at exit, and fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+        if gone:
+            sys.exit(CLOSED_PIPE)
+        raise
+
+
+def reader_has_gone(output: TextIO) -> bool:
+    """Return whether a file is a pipe that nobody reads from any more."""
+    with suppress(OSError):  # no file of the system's
+        poll = select.poll()
+        poll.register(output.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    return False
+
+
+@contextmanager
+def values_given(what: str) -> Iterator[None]:
+    """Turn what a library raises in the body for values that a user gave into an InputError that names them.
+
+    The body is the library's call alone: a fault of our own must not pass for the user's.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except REFUSALS as error:
+        reason = one_line(error) or type(error).__name__
+        reason = f"no {reason}" if isinstance(error, LookupError) else reason
+        raise InputError(f"{what}: {reason[:300]}") from error
 
 
 @contextmanager

@@ -5,6 +5,11 @@ python visualize.py --resume output/nano/checkpoint.pth --data-path data/digits 
 python visualize.py --resume output/nano/checkpoint.pth --curve --output_dir pictures
 """
 
+if __name__ == "__main__":  # the imports take seconds
+    from checkpointing.interrupt import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import argparse
 import os
 from pathlib import Path
@@ -15,11 +20,20 @@ import numpy as np
 import datasets
 import utils
 from checkpointing.format import Results, load_checkpoint, load_json
-from inference.pictures import contact_sheet, draw_all, draw_classes, draw_curve, explain, save
+from inference.budgets import add_threshold_flags, choose_thresholds
+from inference.pictures import (
+    check_picture_name,
+    contact_sheet,
+    draw_all,
+    draw_classes,
+    draw_curve,
+    explain,
+    save,
+)
 from inference.session import open_model
 from loading import loaders
 from models import flags
-from utils import NON_NEGATIVE_INT, POSITIVE_INT, SHARE, InputError, log
+from utils import NON_NEGATIVE_INT, POSITIVE_INT, InputError, log
 
 
 def baseline(text: str) -> tuple[str, float, float]:
@@ -36,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     flags.add_model_flags(parser)
     add("--resume", "--checkpoint_path", metavar="FILE", required=True, help="checkpoint")
-    flags.add_weights_flag(parser)
+    flags.add_use_ema(parser)
     datasets.add_config_arguments(parser)
     add("--output_dir", default="test_img", metavar="DIR", help="where pictures go")
     add("--data-path", "--data_url", metavar="DIR", help="data folder")
@@ -62,12 +76,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="loading processes of --per-class",
     )
     datasets.add_bad_images(parser)
-    add("--threshold", type=SHARE, default=0.7, help="confidence that lets an image leave early")
+    add_threshold_flags(parser)
     add("--columns", type=POSITIVE_INT, default=2, help="of the contact sheet")
-    add("--seed", type=int, default=0, help="of the random draw")
+    add("--seed", type=NON_NEGATIVE_INT, default=0, help="of the random draw")
     add("--device", help="default: cuda if there is one, else cpu")
     add("--curve", action="store_true", help="draw accuracy against GFLOPs instead, from stored results")
-    add("--results", metavar="FILE", help="with --curve: take the results from this JSON, not the checkpoint")
+    results = "--curve, --point, --stored-budget: take the results from this JSON, not the checkpoint"
+    add("--results", metavar="FILE", help=results)
     add(
         "--baseline",
         type=baseline,
@@ -84,8 +99,16 @@ def parse() -> argparse.Namespace:
 
     Raises:
         InputError: flags do not go together, or there is nothing to draw.
+        OSError: the folder of the pictures cannot be written to.
     """
     args = make_parser().parse_args()
+    if args.curve and (args.point is not None or args.stored_budget is not None):
+        raise InputError("--point and --stored-budget choose where images leave: not with --curve")
+    if args.results and not args.curve and args.point is None and args.stored_budget is None:
+        raise InputError("--results goes with --curve, --point and --stored-budget")
+    if args.save_name:
+        check_picture_name(Path(args.save_name))
+    utils.check_writable(Path(args.output_dir, "contact_sheet.png"), "name another folder with --output_dir")
     if args.per_class and (args.images or not args.data_path):
         raise InputError("--per-class needs labelled images: --data-path DIR, without --images")
     if not (args.images or args.data_path or args.curve):
@@ -124,12 +147,15 @@ def main() -> None:
         dataset = trained.dataset(datasets.DataSource.of(args, args.data_path), args.split)
         classes = dataset.classes
         indices = np.random.default_rng(args.seed).permutation(len(dataset))[: args.num_images].tolist()
-    run = dict(config=trained.config, thresholds=trained.thresholds(args.threshold))
+    stored = load_json(args.results) if args.results else None
+    point = args.threshold, args.point, args.stored_budget, stored
+    run = dict(config=trained.config, thresholds=choose_thresholds(trained, *point))
     shard = loaders.Shard(dataset, max_bad=args.max_bad_images, bad_list=folder / "bad_images.txt")
     # The pictures
     if args.per_class:
         loader = loaders.EvalLoader(shard, args.batch_size, num_workers=args.num_workers)
-        return draw_classes(model, loader, **run, folder=folder, classes=classes, columns=args.columns)
+        draw_classes(model, loader, **run, folder=folder, classes=classes, columns=args.columns)
+        return log.info("drawn with %s", trained.which_weights())
     if args.max_bad_images:
         indices = loaders.readable(shard, indices)
     items = explain(model, dataset, indices, **run, batch_size=args.batch_size, labelled=not args.images)
@@ -144,6 +170,7 @@ def main() -> None:
         save(pictures[number - 1], folder / name)
     save(contact_sheet(pictures, args.columns), folder / "contact_sheet.png")
     log.info("wrote %d pictures and contact_sheet.png to %s", len(items), folder)
+    log.info("drawn with %s", trained.which_weights())
 
 
 if __name__ == "__main__":

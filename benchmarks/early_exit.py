@@ -11,6 +11,7 @@ from benchmarks.timing import Timing, time_pass
 from checkpointing.format import Results
 from inference.session import Session
 from inference.streaming import ExitStream, all_stages, compile_models, uncompile
+from inference.thresholds import threshold_text
 from models import Adaptive
 from models.cost import exit_gflops
 from models.exits import operating_points
@@ -34,12 +35,17 @@ class TimedPasses(NamedTuple):
     compile: str | None = None
 
 
-def time_early_exit(session: Session, threshold: float, options: TimedPasses) -> None:
-    """Time early exit at one threshold, beside a baseline if there is one; print and store the speeds."""
+def time_early_exit(session: Session, thresholds: list[float], options: TimedPasses) -> None:
+    """Time early exit at one operating point, beside a baseline if there is one; print and store the speeds.
+
+    Args:
+        session: the model and its data.
+        thresholds: one per early exit.
+        options: of the timing.
+    """
     model, context = session.model, session.context
     dataset = session.dataset()
     loader = session.loader(dataset)
-    thresholds = session.trained.thresholds(threshold)
     systems = [(model, thresholds)]
     if options.baseline:
         plain = baseline_model(options.baseline, model.num_classes, model.img_size)
@@ -56,7 +62,7 @@ def time_early_exit(session: Session, threshold: float, options: TimedPasses) ->
         mean_gflops = operating_points(session.predict(dataset), row, session.gflops).gflops.item()
     rows = [["early exit", mean_gflops, *speeds(passes[0], context)]]
     timed = {
-        "threshold": threshold,
+        "threshold": thresholds[0] if len(set(thresholds)) == 1 else thresholds,
         "exit_shares": shares,
         "accuracy": accuracy,
         "mean_gflops": mean_gflops,
@@ -67,7 +73,7 @@ def time_early_exit(session: Session, threshold: float, options: TimedPasses) ->
         rows.append([options.baseline, baseline_gflops, *speeds(passes[1], context)])
         baseline = {"model": options.baseline, "gflops": baseline_gflops, "images_per_second": rows[1][2]}
         timed |= {"baseline": baseline, "speedup": rows[0][2] / rows[1][2]}
-    report(session, timed, rows, options.repeats)
+    report(session, timed, thresholds, rows, options.repeats)
     session.store(Results(flops=session.gflops), {"timed": timed})
 
 
@@ -118,13 +124,16 @@ def speeds(passes: list[Timing], context: utils.Context) -> list[Any]:
     return cells
 
 
-def report(session: Session, timed: dict[str, Any], rows: list[list[Any]], repeats: int) -> None:
+def report(
+    session: Session, timed: dict[str, Any], thresholds: list[float], rows: list[list[Any]], repeats: int
+) -> None:
     """Print what `time_early_exit` stores."""
     if not session.context.is_main:
         return
     stages = zip(timed["exit_shares"], session.model.stage_names, strict=True)
     leaving = ", ".join(f"{100 * share:.1f} % {stage}" for share, stage in stages)
-    print(f"\nthreshold {timed['threshold']}: top-1 {timed['accuracy']:.2f} %; leaving at {leaving}")
+    levels = threshold_text(thresholds)
+    print(f"\nthreshold {levels}: top-1 {timed['accuracy']:.2f} %; leaving at {leaving}")
     header = ["", "GFLOPs", "images/s in the model", "spread", "images/s with loading", "spread"]
     device = session.context.device
     machine = f"CPU, {torch.get_num_threads()} threads"

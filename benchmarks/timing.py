@@ -208,7 +208,7 @@ def exit_workload(
         Its `run` gives logits [b,K] and the exits taken [b] of each batch.
 
     Raises:
-        InputError: the confidences are too close, see `force_exits`.
+        ValueError: the confidences are too close, see `force_exits`.
     """
     early = any(shares[:-1])
     number = batch_size * batches_of_pass(batch_size, shares) if early else batch_size

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import pathlib
 import random
@@ -19,7 +20,7 @@ from timm.models import clean_state_dict
 from torch import Tensor
 
 from checkpointing.schema import CHECKPOINT, RESULTS, check
-from utils import InputError, write_atomically
+from utils import InputError, log, write_atomically
 
 
 @dataclasses.dataclass
@@ -52,14 +53,42 @@ class Results:
         return cls(**values)
 
     def cheapest(self, share: float) -> int:
-        """Return the number of the first operating point with this share of the last exit's accuracy."""
+        """Return the number of the first operating point with this share of the last exit's accuracy.
+
+        Raises:
+            InputError: no point has it.
+        """
         least = share * self.anytime_classification[-1]
-        accuracies = enumerate(self.budgeted_batch_classification[1])
-        return next(number for number, accuracy in accuracies if accuracy >= least)
+        for number, accuracy in enumerate(self.budgeted_batch_classification[1]):
+            if accuracy >= least:
+                return number
+        raise InputError(f"no stored point keeps {100 * share:g} % of the last exit's accuracy")
+
+    def thresholds_at(self, point: int) -> list[float] | None:
+        """Return an operating point's thresholds, one per early exit; None where there are none stored."""
+        table, count = self.dynamic_threshold, len(self.budgeted_batch_classification[0])
+        if table is None:  # files of earlier versions hold a sweep of 101 points without them
+            return [point / 100] if count == 101 else None
+        return table[point][: len(self.flops or table[point]) - 1] if len(table) == count else None
 
     def known(self) -> dict[str, Any]:
         """Return what was measured, by key."""
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+
+
+def read_pair(val: dict[str, Any], test: dict[str, Any]) -> tuple[Results, Results]:
+    """Read the results on two splits, of which one is to choose an operating point of the other.
+
+    Raises:
+        InputError: they are of different weights, or of different thresholds.
+    """
+    first, second = (origin(part).get("digest") for part in (val, test))
+    if first and second and first != second:
+        raise InputError("the results on val and on test are of different weights: evaluate both splits anew")
+    results = Results.of(val), Results.of(test)
+    if results[0].dynamic_threshold != results[1].dynamic_threshold:
+        raise InputError("the results on val and on test are of different thresholds: evaluate both anew")
+    return results
 
 
 def as_lists(value: Any) -> Any:
@@ -91,7 +120,7 @@ def save_checkpoint(
         return write_atomically(path, write, before)
     weights = {name: value.contiguous() for name, value in checkpoint["model"].items()}
     header = {HEADER: json.dumps({key: value for key, value in checkpoint.items() if key != "model"})}
-    write_atomically(path, lambda temporary: save_file(weights, temporary, header))
+    write_atomically(path, lambda temporary: save_file(weights, temporary, header), before)
 
 
 def save_json(value: Any, path: Path) -> None:
@@ -115,6 +144,7 @@ def load_json(path: str | Path) -> dict[str, Any]:
     return value
 
 
+RESULT_KEYS = {*RESULTS, "flop", "results_of"}
 HEADER = "adaptive_vit"  # entry of a safetensors header: all of a checkpoint but its weights, as JSON
 
 
@@ -188,16 +218,108 @@ def read_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def add_to_checkpoint(path: Path, values: dict[str, Any]) -> None:
-    """Put keys into a checkpoint file and leave the others as they are.
+def chosen_weights(checkpoint: dict[str, Any], use_ema: bool | None = None) -> str:
+    """Return the key of a checkpoint's weights to use: the ones asked for, else those that were chosen.
+
+    Args:
+        checkpoint: from `load_checkpoint`; `best_weights` is the key of those that decided what is best, in
+            files of earlier versions its arguments tell, and a file may hold nothing else.
+        use_ema: whether the averaged ones are asked for; None where nothing is.
+    """
+    if use_ema is None:
+        args = checkpoint.get("args") if isinstance(checkpoint.get("args"), dict) else {}
+        averaged = "model_ema" in checkpoint and (args.get("eval_ema") or "model" not in checkpoint)
+        earlier = "model_ema" if averaged else "model"
+        use_ema = checkpoint.get("best_weights", earlier) == "model_ema"
+    return "model_ema" if use_ema else "model"
+
+
+def digest(weights: dict[str, Tensor]) -> str:
+    """Return a checksum of weights: names, types, shapes and values, in any order."""
+    total = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        total.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def merged(old: dict[str, Any], results: dict[str, Any], of: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return a file's results with further ones; those of anything else are left out, which the log tells.
+
+    Args:
+        old: what the file holds; results that do not say what they are of are those of `model`.
+        results: the new ones, by key.
+        of: what they are of, see `TrainedModel.results_of`.
+        path: the file's.
+    """
+    if (origin(old) != of) if origin(old) else of["weights"] != "model":
+        if old.keys() & RESULTS.keys():
+            log.warning("%s: its results of %s are replaced", path, described(origin(old)))
+        old = {}
+    elif "budgeted_batch_classification" in results:  # the thresholds of another curve
+        old = {key: value for key, value in old.items() if key != "dynamic_threshold"}
+    return old | results | {"results_of": of}
+
+
+def origin(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what a file's results are of, {} where it does not say."""
+    of = values.get("results_of")
+    return of if isinstance(of, dict) else {}
+
+
+def described(of: dict[str, Any]) -> str:
+    """Return what results are of, as text."""
+    return ", ".join(f"{key} {str(value)[:12]}" for key, value in of.items()) or "unnamed weights"
+
+
+def add_to_json(path: Path, results: dict[str, Any], of: dict[str, Any]) -> None:
+    """Put results into a JSON file; see `merged`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_json(merged(load_json(path) if path.exists() else {}, results, of, path), path)
+
+
+def add_to_checkpoint(path: Path, results: dict[str, Any], of: dict[str, Any] | None = None) -> None:
+    """Put results into a checkpoint file and leave its other keys as they are.
+
+    Args:
+        path: the file.
+        results: by key.
+        of: what they are of, see `merged`; None puts them in unseen.
 
     Raises:
-        InputError: the file has another layout than `model` plus other keys.
+        InputError: the file has another layout than `model` plus other keys, or no longer the weights that
+            the results are of.
     """
+    stamp = file_stamp(path)
     checkpoint = read_file(path)
-    if not isinstance(checkpoint.get("model"), dict):
+    if not takes_results(checkpoint):
         raise InputError(f"{path} takes no results (it has no key `model`): name a JSON file with --results")
-    save_checkpoint(checkpoint | values, path)
+    if of:
+        now = load_checkpoint(path)
+        if digest(now.get(of["weights"], {})) != of["digest"]:
+            epoch = f" of epoch {now['epoch']}" if "epoch" in now else ""
+            raise InputError(f"{path} now holds other weights{epoch}, not those measured ({described(of)})")
+        old = {key: checkpoint.pop(key) for key in RESULT_KEYS & checkpoint.keys()}
+        results = merged(old, results, of, path)
+
+    def check_unchanged() -> None:
+        if file_stamp(path) != stamp:
+            raise InputError(f"{path} was written by another process in the meantime")
+
+    save_checkpoint(checkpoint | results, path, check_unchanged)
+
+
+def takes_results(content: dict[str, Any]) -> bool:
+    """Return whether a file, as `read_file` reads it, has a layout that other keys can join."""
+    return any(isinstance(content.get(key), dict) for key in ("model", "model_ema"))
+
+
+def file_stamp(path: Path) -> tuple[int, int] | None:
+    """Return what changes when a file is replaced; None where there is none."""
+    if not path.exists():
+        return None
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

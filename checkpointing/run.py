@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,15 +16,16 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
 import utils
 from checkpointing.folder import BEST, NEWEST, save_in_turn
 from checkpointing.format import restore_rng, rng_state
-from checkpointing.schema import load_optimizer
+from checkpointing.optimizer import Groups, load_optimizer
 from engine import Observer, Progress, Update
 from models.weights import load_weights
-from utils import InputError, log
+from utils import log
 
 # What a scheduler, a shell or Slurm says when time is up.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -40,6 +41,7 @@ class Settings(NamedTuple):
         save_freq: epochs between checkpoints.
         keep_last: checkpoints to keep, besides model_best.pth.
         print_freq: batches between log lines.
+        best_by: the measure that decides which epoch is the best.
         constant: what is the same in all checkpoints.
     """
 
@@ -49,6 +51,7 @@ class Settings(NamedTuple):
     save_freq: int
     keep_last: int
     print_freq: int
+    best_by: str
     constant: dict[str, Any]
 
 
@@ -239,6 +242,7 @@ class Run(Observer):
                 "epoch": self.epoch - 1,  # the last that is complete
                 "progress": asdict(self.progress) | {"images": self.global_batch_size},  # of the one after it
                 "best": self.best,
+                "best_by": self.settings.best_by,
                 **{key: [state[key] for state in states] for key in ("rng", "statistics")},
             }
             if self.update.ema is not None:
@@ -258,7 +262,9 @@ class Run(Observer):
             for part in self.update.with_average(self.model)
         ]
 
-    def restore(self, checkpoint: dict[str, Any], source: str) -> None:
+    def restore(
+        self, checkpoint: dict[str, Any], source: str, make: Callable[[Groups], Optimizer] | None
+    ) -> None:
         """Put everything back but the model's weights, which the model has already.
 
         The schedule follows from the epoch, so that a run may be continued with more --epochs. With another
@@ -267,16 +273,22 @@ class Run(Observer):
         Args:
             checkpoint: from `load_checkpoint`.
             source: its file.
+            make: makes an optimizer like the run's over other parameters; None leaves its state unread.
         """
         update = self.update
-        if "optimizer" not in checkpoint:
-            raise InputError(f"{source} holds weights only; start from it with --finetune")
-        load_optimizer(update.optimizer, checkpoint["optimizer"])
+        if make:
+            load_optimizer(update.optimizer, checkpoint["optimizer"], make, source)
         if checkpoint.get("scaler"):
             update.scaler.load_state_dict(checkpoint["scaler"])
         if update.ema is not None and checkpoint.get("model_ema"):
             load_weights(update.ema.module, checkpoint["model_ema"], source)
-        self.best, self.epoch = checkpoint.get("best", -1.0), checkpoint["epoch"] + 1
+        self.epoch, best_by = checkpoint["epoch"] + 1, self.settings.best_by
+        if (before := checkpoint.get("best_by", best_by)) == best_by:
+            self.best = checkpoint.get("best", self.best)
+        else:
+            log.info(
+                "%s decides what is best, no longer %s: the best epochs before do not count", best_by, before
+            )
         self.earlier_are_own = bool(self.folder) and Path(source).resolve().parent == self.folder.resolve()
         progress = dict(checkpoint.get("progress", {"images": self.global_batch_size}))
         batch_size, states = progress.pop("images"), checkpoint.get("rng", [])

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-import torch
 from torch import Tensor
 
 from utils import InputError, Number
@@ -41,6 +40,7 @@ CHECKPOINT: dict[str, Any] = {
         "images": Number(int, 1),
     },
     "best": float,
+    "best_by": str,
     "args": dict | argparse.Namespace,
 }
 
@@ -126,46 +126,19 @@ def reads(parser: argparse.ArgumentParser, argv: list[str], name: str, value: An
     """Return whether a parser reads this value of an argument from a command line."""
     try:
         parsed = getattr(parser.parse_args(argv), name)
-    except ValueError:
+    except InputError:
         return False
     return (list(parsed) if isinstance(parsed, tuple) else parsed) == value
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Load an optimizer's state.
-
-    Raises:
-        TypeError: an option or a tensor is of a kind that would only fail in the next step.
-    """
-    own = [group.copy() for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
-    for group, before in zip(optimizer.param_groups, own, strict=True):
-        for name in before.keys() - {"params"}:
-            if not is_like(group.get(name, "nothing"), before[name]):
-                raise TypeError(f"its optimizer's {name} is {shown(group.get(name))}")
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.numel() != 1 and value.shape != parameter.shape:
-                raise TypeError(f"its optimizer's {name} has the shape {list(value.shape)}")
-            if not isinstance(value, Tensor) and not fits(value, float):
-                raise TypeError(f"its optimizer's {name} is {shown(value)}")
-
-
-def is_like(value: Any, own: Any) -> bool:
-    """Return whether an optimizer's saved option may take the place of its own."""
-    if isinstance(own, (list, tuple)):
-        return fits(value, list[float]) and len(value) == len(own)
-    if own is None or isinstance(own, bool):
-        return value is None or isinstance(value, bool)
-    return fits(value, float) if fits(own, float) else type(value) is type(own)
-
-
 @contextmanager
 def damage_reported(source: str) -> Iterator[None]:
-    """Turn what broken state of optimizers, generators and the like raises into a ValueError."""
+    """Turn what broken state of optimizers, generators and the like raises into an InputError."""
     try:
         yield
-    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError) as error:
+    except InputError:
+        raise
+    except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
             f"{source}: its training state is damaged ({type(error).__name__}: {error})"
         ) from error

@@ -1,17 +1,25 @@
 """Thresholds for mean costs: solved on calibration images and tried on test images."""
 
+import argparse
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from checkpointing.format import Results
-from inference.session import Session
-from inference.thresholds import NEVER, best_thresholds, geometric_shares, thresholds_for_shares
+from checkpointing.format import Results, described, origin
+from inference.session import Session, TrainedModel
+from inference.thresholds import (
+    NEVER,
+    best_thresholds,
+    geometric_shares,
+    threshold_level,
+    threshold_text,
+    thresholds_for_shares,
+)
 from models import Adaptive
-from models.exits import Curve, budget_threshold, operating_points
-from utils import InputError
+from models.exits import DEFAULT_THRESHOLD, Curve, budget_threshold, operating_points
+from utils import NON_NEGATIVE, NON_NEGATIVE_INT, InputError, log
 
 SOLVERS = {
     "geometric": "exit shares that fall geometrically, arXiv 2105.15075",
@@ -71,7 +79,7 @@ def solve_budget(session: Session, calibration: Calibration, budget: float, join
         cost, accuracy = curve.gflops.item(), curve.accuracy.item()
         rows.append([split, len(part.correct), cost, accuracy])
         solved[split] = {"mean_gflops": cost, "accuracy": accuracy}
-    thresholds = ", ".join(f"{value:.4f}" for value in row[0])
+    thresholds = threshold_text(row[0].tolist(), ".4f")
     header = ["split", "images", "mean GFLOPs", "top-1 %"]
     session.print_table(f"budget {budget} GFLOPs: threshold {thresholds}", header, rows)
     session.store(Results(), {"budget": solved})
@@ -135,18 +143,109 @@ def with_last_exit(thresholds: Tensor) -> list[list[float]]:
     return torch.cat([thresholds, last], dim=1).tolist()
 
 
-def stored_thresholds(session: Session) -> Tensor | None:
-    """Return the thresholds [T,E-1] of the checkpoint, if it has any.
+def stored_thresholds(trained: TrainedModel, stored: dict[str, Any]) -> Tensor | None:
+    """Return the thresholds [T,E-1] of a checkpoint or of a JSON file of results, if it has any.
 
     Raises:
         InputError: they are of another number of exits.
     """
-    stored = Results.of(session.trained.checkpoint).dynamic_threshold
-    if stored is None:
+    table = Results.of(stored).dynamic_threshold
+    if table is None:
         return None
-    table, exits = torch.tensor(stored, dtype=torch.float32), session.model.num_exits
+    table, exits = torch.tensor(table, dtype=torch.float32), trained.model.num_exits
     if table.ndim != 2 or table.shape[1] not in (exits - 1, exits):
-        raise InputError(
-            f"the checkpoint's thresholds are {tuple(table.shape)}, for a model with {exits} exits"
-        )
+        raise InputError(f"the stored thresholds are {tuple(table.shape)}, for a model with {exits} exits")
     return table[:, : exits - 1]
+
+
+def other_origin(trained: TrainedModel, stored: dict[str, Any]) -> str | None:
+    """Return what stored results are of, where that is not the opened model's weights and settings."""
+    of, own = origin(stored), trained.results_of("")
+    if not of:  # as published files, whose results are those of `model`
+        return None if trained.weights == "model" else described({"weights": "model"})
+    differ = any(of.get(key) != own.get(key) for key in (of.keys() | own.keys()) - {"split", "epoch"})
+    return described(of) if differ else None
+
+
+def add_threshold_flags(parser: argparse._ActionsContainer) -> None:
+    """Add the ways to say where images leave early, see `choose_thresholds`."""
+    add = parser.add_mutually_exclusive_group().add_argument
+    add(
+        "--threshold",
+        type=threshold_level,
+        nargs="+",
+        metavar="T",
+        help="confidence that lets an image leave early, 0 to 1 or never: one for all exits, or one for each"
+        f" but the last; default: {DEFAULT_THRESHOLD}",
+    )
+    add(
+        "--point",
+        type=NON_NEGATIVE_INT,
+        metavar="N",
+        help="take row N, from 0, of the stored thresholds instead: of --results FILE, if it is there and has"
+        " any, else of the checkpoint",
+    )
+    add(
+        "--stored-budget",
+        type=NON_NEGATIVE,
+        metavar="GFLOPS",
+        help="take the row of the highest stored accuracy within this mean cost",
+    )
+
+
+def choose_thresholds(
+    trained: TrainedModel,
+    levels: list[float] | None,
+    point: int | None = None,
+    budget: float | None = None,
+    results: dict[str, Any] | None = None,
+) -> list[float]:
+    """Return the thresholds of the early exits: given ones, or an operating point of a stored table.
+
+    Args:
+        trained: the model, with its checkpoint.
+        levels: one for all early exits, or one for each; default: DEFAULT_THRESHOLD.
+        point: row of the stored table.
+        budget: mean GFLOPs: the row of the highest stored accuracy within them.
+        results: of a JSON file; the table is the checkpoint's where they hold none.
+
+    Raises:
+        InputError: the model has another number of exits; there is no table, no such row in it, or it is of
+            other weights.
+    """
+    early = trained.model.num_exits - 1
+    if point is None and budget is None:
+        levels = levels or [DEFAULT_THRESHOLD]
+        if len(levels) not in (1, early):
+            raise InputError(f"--threshold has {len(levels)} numbers: take 1, or {early} for this model")
+        return levels * early if len(levels) == 1 else levels
+    check_early_exits(trained.model)
+    stored = results if results and results.get("dynamic_threshold") is not None else trained.checkpoint
+    table = stored_thresholds(trained, stored)
+    if table is None:
+        raise InputError("no thresholds are stored: make some with dynamic_inference.py --solve joint")
+    if of := other_origin(trained, stored):
+        raise InputError(f"the stored thresholds are of {of}, not of {described(trained.results_of(''))}")
+    if budget is not None:
+        point = best_point(Results.of(stored), budget)
+    if point >= len(table):
+        raise InputError(f"--point {point}: the stored thresholds have the rows 0 to {len(table) - 1}")
+    log.info("stored point %d: threshold %s", point, threshold_text(table[point].tolist()))
+    return table[point].tolist()
+
+
+def best_point(results: Results, budget: float) -> int:
+    """Return the operating point of the highest stored accuracy within a budget, the cheapest of equal ones.
+
+    Raises:
+        InputError: there is none, or the thresholds have no curve.
+    """
+    curve = results.budgeted_batch_classification
+    if curve is None or len(curve[0]) != len(results.dynamic_threshold):
+        raise InputError("the stored thresholds have no curve: run dynamic_inference.py --eval-mode 1 first")
+    within = [at for at, cost in enumerate(curve[0]) if cost <= budget]
+    if not within:
+        raise InputError(
+            f"--stored-budget {budget}: the cheapest stored point takes {min(curve[0]):.4g} GFLOPs"
+        )
+    return max(within, key=lambda at: (curve[1][at], -curve[0][at]))

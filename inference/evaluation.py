@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import utils
-from checkpointing.format import Results, load_checkpoint, load_json
-from inference.budgets import stored_thresholds, with_last_exit
+from checkpointing.format import Results, described, digest, load_checkpoint, load_json, origin
+from inference.budgets import other_origin, stored_thresholds, with_last_exit
 from inference.session import Session, print_table
-from inference.thresholds import NEVER
+from inference.thresholds import threshold_text
 from models import Adaptive, StageOutput
 from models.cost import exit_gflops
 from models.exits import operating_points, uniform_thresholds
-from utils import InputError
+from utils import InputError, log
 
 
 def read_boxes(file: str | Path, root: Path, paths: list[Path]) -> Tensor:
@@ -70,7 +70,8 @@ class Coverage:
         context = session.context
         self.model, self.count = session.model, 0
         self.boxes = boxes[context.rank :: context.world_size].to(context.device)
-        self.total = torch.zeros(2, dtype=torch.float64, device=context.device)  # shares, images
+        dtype = utils.widest_float(context.device)
+        self.total = torch.zeros(2, dtype=dtype, device=context.device)  # shares, images
 
     def add(self, images: Tensor, outputs: list[StageOutput]) -> None:
         """Add the next batch."""
@@ -81,7 +82,8 @@ class Coverage:
         self.count += len(images)
         overlap = torch.minimum(box[:, 2:], region[:, 2:]) - torch.maximum(box[:, :2], region[:, :2])
         share = overlap.clamp(min=0).prod(dim=-1) / (box[:, 2:] - box[:, :2]).prod(dim=-1)
-        self.total += torch.stack([share.double().sum(), torch.tensor(len(images)).to(share)])
+        share = share.to(self.total).sum()
+        self.total += torch.stack([share, torch.tensor(len(images)).to(share)])
 
     def mean(self) -> float:
         """Return the mean over all processes in percent."""
@@ -103,8 +105,15 @@ def evaluate_exits(session: Session, boxes: str | None = None) -> None:
 
 
 def sweep_thresholds(session: Session, ignore_stored: bool = False) -> None:
-    """Evaluate early exit at the checkpoint's thresholds, or at 0.00, 0.01, ... 1.00 for all exits."""
-    stored = None if ignore_stored else stored_thresholds(session)
+    """Evaluate early exit at the checkpoint's thresholds, or at 0.00, 0.01, ... 1.00 for all exits.
+
+    Thresholds that were solved for other weights or settings are not taken.
+    """
+    trained = session.trained
+    stored = None if ignore_stored else stored_thresholds(trained, trained.checkpoint)
+    if stored is not None and (of := other_origin(trained, trained.checkpoint)):
+        log.warning("the checkpoint's thresholds are of %s: a sweep instead", of)
+        stored = None
     exits = session.model.num_exits
     thresholds = uniform_thresholds(101, exits) if stored is None else stored
     predictions = session.predict(session.dataset())
@@ -113,10 +122,9 @@ def sweep_thresholds(session: Session, ignore_stored: bool = False) -> None:
     if exits > 1:
         rows = []
         for at in range(0, len(thresholds), 4 if len(thresholds) == 59 else 5):
-            levels = ["never" if t >= NEVER else f"{t:.2f}" for t in thresholds[at].tolist()]
-            levels = levels if len(set(levels)) > 1 else levels[:1]
+            levels = threshold_text(thresholds[at].tolist(), ".2f")
             shares = (100 * curve.shares[at]).tolist()
-            rows.append([" ".join(levels), curve.gflops[at].item(), curve.accuracy[at].item(), *shares])
+            rows.append([levels, curve.gflops[at].item(), curve.accuracy[at].item(), *shares])
         title = "early exit by threshold" if stored is None else "early exit at the checkpoint's thresholds"
         stages = [f"{stage} %" for stage in session.model.stage_names]
         session.print_table(title, ["threshold", "mean GFLOPs", "top-1 %", *stages], rows)
@@ -162,17 +170,26 @@ def vary_knob(session: Session, name: str, texts: list[str]) -> None:
     session.store(results, {"varied": {name: values}})
 
 
-def print_stored(checkpoint_path: str, results_path: str | None = None) -> None:
+def print_stored(checkpoint_path: str, results_path: Path | None = None) -> None:
     """Print what a checkpoint holds; its results, or those of a JSON file. Needs neither data nor a model."""
     checkpoint = load_checkpoint(checkpoint_path)
-    results = Results.of(load_json(results_path) if results_path else checkpoint)
+    stored = load_json(results_path) if results_path else checkpoint
+    results, of = Results.of(stored), origin(stored)
     print(f"{checkpoint_path}: {checkpoint.get('model_name', 'no model name')}")
-    for name in ("epoch", "best", "model_kwargs", "data_config"):
+    for name in ("epoch", "best", "best_weights", "model_kwargs", "data_config"):
         if name in checkpoint:
             print(f"{name}: {checkpoint[name]}")
+    if of:
+        weights = checkpoint.get(str(of.get("weights")))
+        same = isinstance(weights, dict) and digest(weights) == of.get("digest")
+        print(f"results of: {described(of)}{'' if same else '; NOT the weights that the checkpoint holds'}")
     print(f"flops: {results.flops}\nanytime_classification: {results.anytime_classification}")
-    if results.budgeted_batch_classification:
-        rows = [list(row) for row in zip(*results.budgeted_batch_classification, strict=True)]
-        print_table("budgeted_batch_classification", ["GFLOPs", "top-1 %"], rows)
-    else:
-        print("budgeted_batch_classification: None")
+    if results.budgeted_batch_classification is None:
+        return print("budgeted_batch_classification: None")
+    rows = [list(row) for row in zip(*results.budgeted_batch_classification, strict=True)]
+    header = ["GFLOPs", "top-1 %"]
+    if results.dynamic_threshold and len(results.flops or []) > 1:
+        header += ["point", "threshold"]
+        levels = [results.thresholds_at(point) for point in range(len(rows))]
+        rows = [[*row, at, threshold_text(levels[at] or [])] for at, row in enumerate(rows)]
+    print_table("budgeted_batch_classification", header, rows)

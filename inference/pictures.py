@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
@@ -46,6 +47,7 @@ class Explanation(NamedTuple):
         heat: [g,g] attention, or None.
         region: [4] left, top, right, bottom in input pixels, or None.
         depth: [g,g] blocks that each patch went through, or None.
+        groups: [s,s] number of the token that each patch is part of at the end, or None.
     """
 
     image: Tensor
@@ -58,6 +60,12 @@ class Explanation(NamedTuple):
     heat: Tensor | None = None
     region: Tensor | None = None
     depth: Tensor | None = None
+    groups: Tensor | None = None
+
+    @property
+    def drops(self) -> int:
+        """How many panels tell which patches stay, or with which they merge."""
+        return len(self.kept) + (self.groups is not None)
 
 
 def explain(
@@ -100,6 +108,7 @@ def explain_batch(
     for step in cascade(model, images.to(next(model.parameters()).device), thresholds):
         logits, parts = step.output.logits, model.picture(step.output.info)
         maps = {"heat": square(parts.heat), "region": parts.region, "depth": square(parts.depth)}
+        maps["groups"] = square(parts.groups)
         maps = {name: value.cpu() for name, value in maps.items() if value is not None}
         grid = images.shape[-1] // model.patch_size
         kept = [mask(index.cpu(), grid) for index in (parts.refined, *parts.kept) if index is not None]
@@ -179,6 +188,16 @@ def heat_map(image: Tensor, heat: Tensor) -> Tensor:
     return (0.35 * grey + 0.65 * heat).round().byte()
 
 
+def group_map(image: Tensor, groups: Tensor) -> Tensor:
+    """Draw every patch in the mean colour of the patches of its group; `groups` [s,s]."""
+    colours = F.avg_pool2d(image.float(), image.shape[-1] // len(groups)).flatten(1)  # [3,s*s]
+    index = groups.flatten().expand_as(colours)
+    means = torch.zeros(3, int(groups.max()) + 1).scatter_reduce(
+        1, index, colours, "mean", include_self=False
+    )
+    return enlarge(means.gather(1, index).round().byte().unflatten(1, groups.shape), image.shape[-1])
+
+
 def depth_map(depth: Tensor, blocks: int, side: int) -> Tensor:
     """Draw token depths [g,g], `side` pixels a side, and the colour bar of their scale.
 
@@ -226,13 +245,13 @@ def headline(item: Explanation, stage_names: tuple[str, ...], classes: list[str]
 def draw(
     item: Explanation, stage_names: tuple[str, ...], classes: list[str] | None = None, drops: int = 0
 ) -> Tensor:
-    """Draw the input with its region, attention, depth and kept patches side by side, under the headline.
+    """Draw the input with its region, attention, depth, kept and merged patches under the headline.
 
     Args:
         item: what is drawn.
         stage_names: of the model.
         classes: names; default: numbers.
-        drops: panels of kept patches; where the image left before, their places stay empty.
+        drops: panels of kept and merged patches; where the image left before, their places stay empty.
     """
     image = reference(item)
     side = image.shape[-1]
@@ -246,7 +265,9 @@ def draw(
         panels.append(depth_map(item.depth, item.blocks, side))
     for kept in item.kept:
         panels.append(draw_segmentation_masks(image, ~enlarge(kept, side), alpha=0.7, colors="white"))
-    panels += [torch.full_like(image, EMPTY)] * (drops - len(item.kept))
+    if item.groups is not None:
+        panels.append(group_map(image, item.groups))
+    panels += [torch.full_like(image, EMPTY)] * (drops - item.drops)
     row = beside(panels)
     ink = NEUTRAL if item.label is None else RIGHT if item.predicted == item.label else WRONG
     head, text = Image.new("RGB", (row.shape[-1], HEAD), "white"), headline(item, stage_names, classes)
@@ -258,7 +279,7 @@ def draw_all(
     items: list[Explanation], stage_names: tuple[str, ...], classes: list[str] | None = None
 ) -> list[Tensor]:
     """Draw explanations of one model, all with the same panels; arguments as for `draw`."""
-    drops = max(len(item.kept) for item in items)
+    drops = max(item.drops for item in items)
     return [draw(item, stage_names, classes, drops) for item in items]
 
 
@@ -270,15 +291,21 @@ def contact_sheet(pictures: list[Tensor], columns: int = 2) -> Tensor:
     return page[:, SHEET_GAP:-SHEET_GAP, SHEET_GAP:-SHEET_GAP]
 
 
-def save(picture: Tensor, path: Path) -> None:
-    """Write a picture in the format that the name says.
+def check_picture_name(path: Path) -> str:
+    """Return the format that a picture's name says.
 
     Raises:
         InputError: it says none.
     """
     form = Image.registered_extensions().get(path.suffix.lower())
-    if form is None:
+    if form not in Image.SAVE:
         raise InputError(f"{path} is no name of a picture: take one such as picture.png")
+    return form
+
+
+def save(picture: Tensor, path: Path) -> None:
+    """Write a picture in the format that the name says, see `check_picture_name`."""
+    form = check_picture_name(path)
     utils.write_atomically(path, lambda temporary: to_pil_image(picture).save(temporary, form))
 
 
@@ -299,6 +326,7 @@ def draw_classes(
         classes: their names.
         columns: of the contact sheet; more where it would be higher than wide.
     """
+    utils.check_writable(folder / "contact_sheet.png", "name another folder with --output_dir")
     items = most_varied(model, loader, config, thresholds)
     pictures = draw_all(items, model.stage_names, classes)
     folder.mkdir(parents=True, exist_ok=True)
@@ -316,10 +344,7 @@ MARKED = {0.5: "T=0.5", 0.7: "T=0.7", 0.9: "T=0.9"}
 
 def common_threshold(results: Results, at: int) -> float | None:
     """Return the threshold of an operating point, if all its early exits have the same."""
-    thresholds = results.dynamic_threshold
-    if thresholds is None:  # a sweep of 101 points, as files of earlier versions hold it
-        return at / 100
-    early = {round(value, 4) for value in thresholds[at][: len(results.flops or thresholds[at]) - 1]}
+    early = {round(value, 4) for value in results.thresholds_at(at) or ()}
     return early.pop() if len(early) == 1 else None
 
 

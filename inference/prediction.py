@@ -1,9 +1,12 @@
 """Prediction on unlabelled images: one line of CSV for each."""
 
 import csv
+import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -20,45 +23,107 @@ from utils import log
 HEADER = ["file", "class", "confidence", "exit", "GFLOPs", "region"]
 
 
-def predict_files(session: Session, path: str, threshold: float, output: Path | None = None) -> None:
+EMPTY = [""] * (len(HEADER) - 1)  # cells of an image that cannot be read
+Line = tuple[int, list[str]]  # number of the image in its folder, cells
+
+
+def predict_files(session: Session, path: str, thresholds: list[float], output: Path | None = None) -> None:
     """Predict on an image, or on every image below a folder.
 
     Args:
         session: with any source of labelled data, which is not read.
         path: of the image or folder.
-        threshold: confidence that lets an image leave early.
+        thresholds: confidences that let an image leave early, one per early exit.
         output: file of the table; default: standard output.
     """
     files = datasets.Files(path, session.trained.transform(session.loading.as_bytes))
-    loader = session.loader(files)
-    lines: list[tuple[int, list[str]]] = []  # number of the image in `files`, cells
-    for images, numbers in loader:
-        images = images.to(session.context.device)
-        lines += predict_batch(session, files, images, numbers.tolist(), threshold)
-    # Images that cannot be read have a line without cells.
-    bad = loader.dataset.bad
-    bad.report(session.context.device)
-    lines += [(number, [""] * 5) for number in bad.numbers() if session.context.is_main]
-    lines = sorted(line for part in utils.gather(lines) for line in part)
-    if not session.context.is_main:
-        return
-    table = [HEADER] + [[str(files.paths[number]), *cells] for number, cells in lines]
-    if output:
-        utils.write_atomically(output, lambda temporary: write_csv(table, temporary))
-        log.info("%d predictions written to %s", len(lines), output)
+    loader, device = session.loader(files), session.context.device
+    batches = (
+        predict_batch(session, files, images.to(device), numbers.tolist(), thresholds)
+        for images, numbers in loader
+    )
+    steps = lines_in_order(batches, len(files), session.context.world_size)
+    if session.context.is_main:
+        with csv_table(output) as write:
+            for lines in steps:
+                write([[str(files.paths[number]), *cells] for number, cells in lines])
+            loader.dataset.bad.report(device)
+        if output:
+            log.info("%d predictions written to %s", len(files), output)
     else:
-        csv.writer(sys.stdout).writerows(table)
+        for _ in steps:
+            pass
+        loader.dataset.bad.report(device)
+
+
+def lines_in_order(batches: Iterator[list[Line]], count: int, world_size: int) -> Iterator[list[Line]]:
+    """Bring the lines of all processes into the order of the images, each once none before it is missing.
+
+    All processes have to exhaust this. An image without a line, because it cannot be read, gets an empty one.
+
+    Args:
+        batches: of this process, each with a line for every image read, in order.
+        count: images of all processes.
+        world_size: number of processes.
+
+    Yields:
+        After each step of all processes, the next lines.
+    """
+    cells: dict[int, list[str]] = {}
+    first, reached = 0, [-1] * world_size  # number of the next line, and of each process's last
+    while first < count:
+        for rank, lines in enumerate(utils.gather(next(batches, None))):
+            cells |= lines or []
+            reached[rank] = lines[-1][0] if lines else count - 1
+        after = min(reached) + 1
+        yield [(number, cells.pop(number, EMPTY)) for number in range(first, after)]
+        first = after
+
+
+@contextmanager
+def csv_table(output: Path | None) -> Iterator[Callable[[list[list[str]]], None]]:
+    """Write the header, and give a function that writes rows at once: to standard output, or to a file.
+
+    Names that are not UTF-8 keep their bytes. The file is OUTPUT.partial until the body ends well; the rows
+    that it has when the body fails or is interrupted stay there.
+    """
+    encoding = dict(encoding="utf-8", errors="surrogateescape")
+    if output is None:
+        sys.stdout.reconfigure(**encoding)
+        write_rows([HEADER], sys.stdout)
+        yield lambda rows: write_rows(rows, sys.stdout)
+        return
+    partial = output.with_name(f"{output.name}.partial")
+    with open(partial, "w", newline="", **encoding) as file:
+        write_rows([HEADER], file)
+        empty = file.tell()
+        try:
+            yield lambda rows: write_rows(rows, file)
+        except BaseException:
+            if file.tell() > empty:
+                log.warning("the predictions up to here are in %s", partial)
+            else:
+                partial.unlink()
+            raise
+    utils.sync(partial)
+    os.replace(partial, output)
+
+
+def write_rows(rows: list[list[str]], file: TextIO) -> None:
+    csv.writer(file).writerows(rows)
+    file.flush()
 
 
 def predict_batch(
-    session: Session, files: datasets.Files, images: Tensor, numbers: list[int], threshold: float
-) -> list[tuple[int, list[str]]]:
+    session: Session, files: datasets.Files, images: Tensor, numbers: list[int], thresholds: list[float]
+) -> list[Line]:
     """Return number and cells of each image [B,3,S,S] of a batch."""
     model, trained, gflops = session.model, session.trained, session.gflops
     cells: list[list[str]] = [[] for _ in images]
-    spent = torch.zeros(len(images), dtype=torch.float64, device=images.device)  # GFLOPs so far
+    dtype = utils.widest_float(images.device)
+    spent = torch.zeros(len(images), dtype=dtype, device=images.device)  # GFLOPs so far
     with session.precision.autocast():
-        steps = list(cascade(model, images, trained.thresholds(threshold)))
+        steps = list(cascade(model, images, thresholds))
     for k, rows, output, _ in steps:
         own = model.image_gflops(k, output.info)
         spent[rows] += gflops[k] - (gflops[k - 1] if k else 0) if own is None else own
@@ -79,8 +144,3 @@ def regions_of(model: Adaptive, output: StageOutput) -> Tensor | None:
     if picture.region is not None or picture.refined is None:
         return picture.region
     return model.patch_size * bounding_box(picture.refined, model.img_size // model.patch_size)
-
-
-def write_csv(table: list[list[Any]], path: Path) -> None:
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows(table)

@@ -11,15 +11,24 @@ from torch.utils.data import DataLoader, Dataset
 
 import datasets
 import utils
-from checkpointing.format import Results, add_to_checkpoint, load_json, read_file, save_json
+from checkpointing.format import (
+    Results,
+    add_to_checkpoint,
+    add_to_json,
+    as_lists,
+    chosen_weights,
+    digest,
+    read_file,
+    takes_results,
+)
 from datasets import DataSource
 from engine import Precision, predict
 from loading.loaders import AS_BYTES, DeviceLoader, EvalLoader, Shard
 from models import Adaptive, StageOutput
 from models.cost import exit_gflops
 from models.exits import Predictions
-from models.weights import WEIGHTS, chosen_weights, model_from_checkpoint
-from utils import InputError, log
+from models.weights import model_from_checkpoint
+from utils import InputError, MainError, log
 
 
 class TrainedModel(NamedTuple):
@@ -28,20 +37,22 @@ class TrainedModel(NamedTuple):
     Attributes:
         model: with its weights, on the CPU until it is moved.
         name: registered name.
-        weights: which of the checkpoint's they are, its key `model` or `model_ema`.
         kwargs: constructor arguments.
         config: how images become model input, see `datasets.DATA_CONFIG`.
         class_names: in the model's order; None where the checkpoint lacks them.
         checkpoint: its keys.
+        weights: the key of the weights that were taken.
+        digest: of these weights, see `checkpointing.format.digest`.
     """
 
     model: Adaptive
     name: str
-    weights: str
     kwargs: dict[str, Any]
     config: dict[str, Any]
     class_names: list[str] | None
     checkpoint: dict[str, Any]
+    weights: str
+    digest: str
 
     def transform(self, as_bytes: bool = False) -> Callable:
         """Return the transform from image to model input, or to the bytes of which DeviceLoader makes it."""
@@ -58,9 +69,23 @@ class TrainedModel(NamedTuple):
         datasets.check_classes(dataset, self.model.num_classes)
         return dataset
 
-    def thresholds(self, threshold: float) -> list[float]:
-        """Return one threshold for all exits but the last."""
-        return [threshold] * (self.model.num_exits - 1)
+    def which_weights(self) -> str:
+        """Return which weights these are, as text."""
+        epoch = f", epoch {self.checkpoint['epoch']}" if "epoch" in self.checkpoint else ""
+        return f"the {'averaged' if self.weights == 'model_ema' else 'raw'} weights ({self.weights}){epoch}"
+
+    def results_of(self, split: str) -> dict[str, Any]:
+        """Return what results on a split are of, as files keep it under `results_of`.
+
+        Beside weights, digest, epoch and split these are the settings that are not the checkpoint's own.
+        """
+        saved = self.checkpoint.get("model_kwargs", self.kwargs)
+        settings = {name: value for name, value in self.kwargs.items() if saved.get(name) != value}
+        images = datasets.data_config(self.model.recipe, self.checkpoint)
+        settings |= {name: value for name, value in self.config.items() if images.get(name) != value}
+        of = {"weights": self.weights, "digest": self.digest, "epoch": self.checkpoint.get("epoch")}
+        of |= {"split": split} | {name: as_lists(value) for name, value in settings.items()}
+        return {name: value for name, value in of.items() if value is not None}
 
 
 def open_model(
@@ -71,19 +96,18 @@ def open_model(
     use_ema: bool | None = None,
     config: dict[str, Any] | None = None,
 ) -> TrainedModel:
-    """Build the model of a checkpoint; log which of two sets of weights it has, and what `config` changes.
+    """Build the model of a checkpoint with the weights that `chosen_weights` names.
 
-    Arguments and errors are those of `model_from_checkpoint`; `config` wins over the checkpoint's own.
+    Other arguments and errors are those of `model_from_checkpoint`; what `config` says wins over the
+    checkpoint's data config, and is logged.
     """
-    given = config or {}
+    weights, given = chosen_weights(checkpoint, use_ema), config or {}
     model, name, kwargs = model_from_checkpoint(checkpoint, source, name, kwargs or {}, use_ema)
-    _, weights = chosen_weights(checkpoint, source, use_ema)
     config = datasets.data_config(model.recipe, checkpoint) | given
-    if "model_ema" in checkpoint:
-        log.info("%s: %s (%s) of %s", name, WEIGHTS[weights], weights, source)
     if given:
-        log.info("given for %s: %s", source, datasets.describe_config(given))
-    return TrainedModel(model, name, weights, kwargs, config, checkpoint.get("class_names"), checkpoint)
+        log.info("images of %s, as given: %s", source, datasets.describe_config(given))
+    classes, checksum = checkpoint.get("class_names"), digest(checkpoint[weights])
+    return TrainedModel(model, name, kwargs, config, classes, checkpoint, weights, checksum)
 
 
 class Loading(NamedTuple):
@@ -116,20 +140,42 @@ class ResultFile(NamedTuple):
     json: Path | None = None
 
     def check(self) -> None:
-        """Raise InputError where the checkpoint has a layout that takes no results."""
-        if self.json is None and not isinstance(read_file(self.checkpoint).get("model"), dict):
-            raise InputError(f"{self.checkpoint} takes no results: name a JSON file for them with --results")
+        """Check, before the work, that results can be written.
 
-    def add(self, results: Results, extra: dict[str, Any]) -> None:
-        """Merge results into the file; `extra` goes to JSON alone."""
+        Raises:
+            InputError: the checkpoint has a layout that takes no results.
+            OSError: the file cannot be written.
+        """
         if self.json:
-            self.json.parent.mkdir(parents=True, exist_ok=True)
-            old = load_json(self.json) if self.json.exists() else {}
-            save_json(old | results.known() | extra, self.json)
-            log.info("results written to %s", self.json)
-        elif results.known():
-            add_to_checkpoint(self.checkpoint, results.known())
-            log.info("results written into %s", self.checkpoint)
+            return utils.check_writable(self.json, "name another JSON file with --results")
+        if not takes_results(read_file(self.checkpoint)):
+            raise InputError(f"{self.checkpoint} takes no results: name a JSON file for them with --results")
+        utils.check_writable(self.checkpoint, "name a JSON file for the results with --results")
+
+    def add(self, results: Results, extra: dict[str, Any], of: dict[str, Any]) -> None:
+        """Merge results into the file, see `checkpointing.format.merged`.
+
+        Args:
+            results: of the published keys.
+            extra: goes to JSON alone.
+            of: what was measured, see `TrainedModel.results_of`.
+
+        Raises:
+            MainError: the checkpoint no longer holds the weights that were measured, or cannot be written;
+                the results are then in a JSON file beside it.
+        """
+        if self.json:
+            add_to_json(self.json, results.known() | extra, of)
+            return log.info("results written to %s", self.json)
+        if not results.known():
+            return
+        try:
+            add_to_checkpoint(self.checkpoint, results.known(), of)
+        except (InputError, OSError) as error:
+            beside = self.checkpoint.with_suffix(f".{of['digest'][:8]}.json")
+            add_to_json(beside, results.known() | extra, of)
+            raise MainError(f"{error}; the results are in {beside}") from error
+        log.info("results of %s written into %s", of["weights"], self.checkpoint)
 
 
 class Session(NamedTuple):
@@ -190,8 +236,8 @@ class Session(NamedTuple):
 
     def store(self, results: Results, extra: dict[str, Any]) -> None:
         """Keep results, see `ResultFile.add`."""
-        if self.context.is_main:
-            self.results.add(results, extra)
+        of = self.trained.results_of(self.split)
+        utils.by_main(self.context, lambda: self.results.add(results, extra, of))
 
     def print_table(self, title: str, header: list[str], rows: list[list[Any]]) -> None:
         if self.context.is_main:
@@ -224,7 +270,13 @@ def open_session(
     loading: Loading,
     results: ResultFile,
 ) -> Session:
-    """Count a model's cost and move it to its device; the attributes are those of `Session`."""
+    """Count a model's cost and move it to its device; the attributes are those of `Session`.
+
+    Raises:
+        InputError: the processes have read different weights.
+    """
+    if len(set(utils.gather(trained.digest))) > 1:
+        raise InputError(f"{results.checkpoint} was replaced while the processes read it: start again")
     gflops = exit_gflops(trained.model)
     check_flops(Results.of(trained.checkpoint).flops, gflops)
     trained.model.to(context.device).eval()

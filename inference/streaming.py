@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_map_only
 from engine import Precision, check_thresholds
 from models import Adaptive
 from models.exits import confidence, leaves
-from utils import InputError
 
 MAX_WAIT = 64  # batches of the stream that an image may stay queued
 
@@ -107,7 +106,7 @@ class ExitStream:
         max_wait: batches of the stream after which a queued image goes on in a smaller batch.
 
     Raises:
-        InputError: the number of thresholds does not fit the model.
+        ValueError: the number of thresholds does not fit the model.
     """
 
     def __init__(
@@ -127,7 +126,7 @@ class ExitStream:
         """Classify batches of images [b,3,S,S] that are on the device.
 
         Raises:
-            InputError: a batch is larger than batch_size.
+            ValueError: a batch is larger than batch_size.
 
         Yields:
             For each of them logits [b,K] of the exits taken and these exits [b] int64, in input order.
@@ -155,7 +154,7 @@ class StreamState:
         # Inference mode around the work alone: between two results the caller's mode is its own.
         for images in batches:
             if len(images) > self.stream.batch_size:
-                raise InputError(f"a batch of {len(images)} images in a stream of {self.stream.batch_size}")
+                raise ValueError(f"a batch of {len(images)} images in a stream of {self.stream.batch_size}")
             with torch.inference_mode():
                 self.sizes.append(len(images))
                 numbers = torch.arange(self.total, self.total + len(images))
@@ -174,7 +173,7 @@ class StreamState:
         """Run a stage, write its logits as results so far, and start the copy of its decision to the host."""
         stream, n = self.stream, len(inputs.numbers)
         images, info = inputs.images, inputs.info
-        if stream.pad and n < stream.batch_size:
+        if stream.pad and 0 < n < stream.batch_size:
             rows = torch.arange(stream.batch_size, device=images.device).clamp(max=n - 1)
             _, images, info = inputs.take(slice(0), rows)
         with stream.precision.autocast():
@@ -185,7 +184,7 @@ class StreamState:
         slots = self.to_device(inputs.numbers % self.capacity)
         self.logits.index_copy_(0, slots, logits)
         self.exits.index_fill_(0, slots, k)
-        if k == len(self.queues):
+        if k == len(self.queues) or n == 0:
             return
         leaving, copied = leaves(confidence(logits), stream.thresholds[k]), None
         if leaving.is_cuda:

@@ -11,9 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.exits import Predictions, leaves
-from utils import InputError
+from utils import SHARE, InputError
 
 NEVER = 1e8  # the value in published checkpoints
+
+
+def threshold_level(text: str) -> float:
+    """Read a threshold, a number from 0 to 1 or "never", as a type of argparse."""
+    return NEVER if text == "never" else SHARE(text)
+
+
+def threshold_text(levels: list[float], form: str = ".4g") -> str:
+    """Return thresholds as text, one number where all are the same."""
+    levels = levels[:1] if len(set(levels)) == 1 else levels
+    return " ".join("never" if level >= NEVER else format(level, form) for level in levels) or "none"
 
 
 def geometric_shares(exits: int, points: int = 59) -> Tensor:

@@ -23,8 +23,9 @@ import torch
 from timm.data.readers import create_reader
 from torch.utils.data import Dataset
 
+from loading.classes import class_numbers
 from loading.images import load_image
-from utils import InputError, write_atomically
+from utils import InputError, values_given, write_atomically
 
 if TYPE_CHECKING:
     import lmdb
@@ -69,16 +70,21 @@ class Archive(Dataset):
         if isinstance(names, int):  # the numbers are then taken to be those of the model
             if model_classes and names > len(model_classes):
                 raise InputError(f"{source} has {names} classes, but the model {len(model_classes)}")
-            self.classes = model_classes or [str(number) for number in range(names)]
             self.numbers = list(range(names))
+            self.classes = model_classes or [str(number) for number in range(names)]
+            if not all(map(str.isdecimal, self.classes)):
+                log.info("%s does not name its classes: their numbers are taken for the model's", source)
         else:
-            self.classes = model_classes or names
-            if unknown := sorted(set(names) - set(self.classes)):
-                raise InputError(
-                    f"{source} has the class {unknown[0]!r}, which is not among the model's classes"
-                )
-            order = {name: number for number, name in enumerate(self.classes)}
-            self.numbers = [order[name] for name in names]
+            order = class_numbers(source, names, model_classes)
+            self.classes, self.numbers = list(order), [order[name] for name in names]
+
+    def present(self) -> set[int]:
+        """Return the numbers, of the model, that images have."""
+        return {self.numbers[label] for label in self.labels()}
+
+    def labels(self) -> set[int]:
+        """Return the class numbers in the archive that images have."""
+        raise NotImplementedError
 
     def record(self, index: int) -> tuple[bytes, int]:
         """Return an image's file and its class number in the archive."""
@@ -97,6 +103,7 @@ class Archive(Dataset):
 
 # LMDB. Keys are decimal indices, in the order of datasets.Folder, and these two:
 LENGTH, CLASSES = b"__len__", b"__classes__"  # plain ASCII; JSON list
+LABELS = b"__labels__"  # JSON list of the class numbers that images have; files made before lack it
 MAGIC, VERSION = b"IMGR", 1
 HEADER = struct.Struct("<4sIq")  # magic, version, label; the image's file follows
 
@@ -163,11 +170,16 @@ class Lmdb(Archive):
                 f"{path} is of another layout, such as another script's pyarrow records:"
                 " convert the folder again with scripts/folder2lmdb.py"
             )
-        self.length = int(length)
-        super().__init__(str(path), json.loads(names), classes, transform)
+        self.length, names = int(length), json.loads(names)
+        if hidden := [name for name in names if name.startswith(".")]:
+            raise InputError(f"{path} has the hidden folder {hidden[0]} as a class: convert the folder again")
+        super().__init__(str(path), names, classes, transform)
 
     def __len__(self) -> int:
         return self.length
+
+    def labels(self) -> set[int]:
+        return set(json.loads(entry(self.path, LABELS) or json.dumps(list(range(len(self.numbers))))))
 
     def record(self, index: int) -> tuple[bytes, int]:
         value = entry(self.path, b"%d" % index)
@@ -189,9 +201,17 @@ class Shards(Archive):
 
     A split is one that the folder's _info.json lists, a pattern in timm's form (val-{000..003}.tar), or
     SPLIT.tar, SPLIT-*.tar, SPLIT/*.tar. Class names are the lines of classes.txt, if that is there.
+
+    Args:
+        root: folder of the shards.
+        names: of the split: the first that is there.
+        transform: from image to model input.
+        classes: class names in the model's order.
+        image_key: endings of the images, with semicolons between them as timm takes them.
+        label_key: field of the class number in .json; default: the one that _info.json names, else .cls.
     """
 
-    IMAGES = ("jpg", "jpeg", "png", "webp")
+    IMAGES = "jpg;jpeg;png;webp"
 
     def __init__(
         self,
@@ -199,25 +219,33 @@ class Shards(Archive):
         names: list[str],
         transform: Callable | None = None,
         classes: list[str] | None = None,
+        image_key: str | None = None,
+        label_key: str | None = None,
     ):
         self.paths, key, lengths = find_shards(root, names)
-        places = places_of(self.paths, key)
+        places = places_of(self.paths, image_key or self.IMAGES, label_key or key)
         for number, length in enumerate(lengths):
             if (count := np.count_nonzero(places["shard"] == number)) != length:
                 raise InputError(f"{self.paths[number]} holds {count} images and _info.json says {length}")
         labelled = places["label"] >= 0  # timm leaves out a sample with -1 as well
         self.places = {name: column[labelled] for name, column in places.items()}
+        if unlabelled := np.count_nonzero(~labelled):
+            log.info("%s (%s): left out: %d without a class", root, names[0], unlabelled)
         if not len(self):
             raise FileNotFoundError(f"no image in {self.paths[0]} and the other shards of {names[0]}")
         largest = int(self.places["label"].max())
         file = root / "classes.txt"
-        listed = [line.strip() for line in file.read_text().splitlines()] if file.is_file() else []
+        with values_given(f"{file} is no text file"):
+            listed = [line.strip() for line in file.read_text().splitlines()] if file.is_file() else []
         if listed and largest >= len(listed):
             raise InputError(f"{file} has {len(listed)} classes, and there is a label {largest}")
         super().__init__(f"{root} ({names[0]})", listed or largest + 1, classes, transform)
 
     def __len__(self) -> int:
         return len(self.places["label"])
+
+    def labels(self) -> set[int]:
+        return set(self.places["label"].tolist())
 
     def record(self, index: int) -> tuple[bytes, int]:
         shard, offset, size, label = (int(self.places[name][index]) for name in PLACE)
@@ -249,33 +277,34 @@ def find_shards(root: Path, names: list[str]) -> tuple[list[Path], str, tuple[in
             import_extra("webdataset", "--data-set wds/")
             try:
                 split = create_reader("wds/", root=str(root), split=name).split_info
-            except (RuntimeError, KeyError, TypeError) as error:
+            except (RuntimeError, KeyError, TypeError, ValueError) as error:
                 reason = str(error)
                 continue
             return [root / file for file in split.filenames], split.alt_label, tuple(split.shard_lengths)
         patterns = (f"{name}.tar", f"{name}[!a-z]*.tar", f"{name}/*.tar")
-        if paths := sorted({path for pattern in patterns for path in root.glob(pattern)}):
+        paths = {path for pattern in patterns for path in root.glob(pattern)}
+        if paths := sorted(path for path in paths if not path.name.startswith(".")):
             return paths, "", ()
     raise FileNotFoundError(f"{root} has no shards of {names[0]}: {reason}")
 
 
-def places_of(paths: list[Path], key: str) -> dict[str, np.ndarray]:
+def places_of(paths: list[Path], endings: str, key: str) -> dict[str, np.ndarray]:
     """Return shard, offset and size in bytes, and label of every image, each as an int64 array.
 
     Args:
         paths: of the shards; those scanned before are not scanned again.
-        key: of the labels in .json files, "" for .cls.
+        endings, key: see `scan`.
     """
     if missing := [path for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"no shard {missing[0]}")
     files = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-    stamp = hashlib.sha256(json.dumps([1, key, files]).encode()).hexdigest()
+    stamp = hashlib.sha256(json.dumps([2, endings, key, files]).encode()).hexdigest()
     cache = Path(torch.hub.get_dir()) / "shards" / f"{stamp}.npz"
     if cache.is_file():
         with np.load(cache) as arrays:
             return dict(arrays)
     log.info("looking up the images of %d shards, %s and on", len(paths), paths[0])
-    rows = [(number, *place) for number, path in enumerate(paths) for place in scan(path, key)]
+    rows = [(number, *place) for number, path in enumerate(paths) for place in scan(path, endings, key)]
     places = dict(zip(PLACE, np.array(rows, np.int64).reshape(-1, len(PLACE)).T, strict=True))
 
     def write(path: Path) -> None:
@@ -290,10 +319,21 @@ def places_of(paths: list[Path], key: str) -> dict[str, np.ndarray]:
     return places
 
 
-def scan(path: Path, key: str) -> Iterator[tuple[int, int, int]]:
+def is_hidden(name: str) -> bool:
+    """Tell whether a part of a path begins with a dot, other than the folder itself and the one around it."""
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
+def scan(path: Path, endings: str, key: str) -> Iterator[tuple[int, int, int]]:
     """Yield offset, size and label of every image of a shard.
 
-    Members in a row that share their name up to the first dot are one sample.
+    Members in a row that share their name up to the first dot are one sample. Those whose name, or that of a
+    folder they are in, begins with a dot are no data.
+
+    Args:
+        path: of the shard.
+        endings: of the images, with semicolons between them: the first that a sample has.
+        key: of the labels in .json files, "" for .cls.
 
     Raises:
         InputError: the shard is damaged or compressed, or an image has no label, or a label no image.
@@ -305,21 +345,27 @@ def scan(path: Path, key: str) -> Iterator[tuple[int, int, int]]:
 
     try:
         with tarfile.open(path, "r:") as tar:
-            files = [member for member in tar if member.isfile()]
+            files = [member for member in tar if member.isfile() and not is_hidden(member.name)]
             # tarfile takes a damaged header, and a file cut between two members, for the end.
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"cut off or damaged at byte {tar.offset}")
             for (folder, name), members in groupby(files, stem):
                 parts = {m.name.rpartition("/")[2].partition(".")[2].lower(): m for m in members}
+                there = ", ".join(f".{part}" for part in parts)
                 try:
-                    image = next(parts[kind] for kind in Shards.IMAGES if kind in parts)
-                    text = tar.extractfile(parts["json" if key else "cls"]).read()
-                    label = int(json.loads(text)[key] if key else text)
+                    image = next(parts[kind] for kind in endings.lower().split(";") if kind in parts)
+                    label = tar.extractfile(parts["json" if key else "cls"]).read()
+                    if key:
+                        fields = json.loads(label)
+                        there += f" with the fields {', '.join(fields)}"
+                        label = fields[key]
+                    label = int(label)
                 except (StopIteration, KeyError, ValueError, TypeError) as error:
+                    where = f"the field {key} of .json" if key else ".cls"
                     raise InputError(
-                        f"{path}: sample {folder and folder + '/'}{name} needs an image"
-                        f" ({', '.join(Shards.IMAGES)}) and a class number in .{'json' if key else 'cls'}"
+                        f"{path}: sample {folder and folder + '/'}{name} needs an image ({endings}) and a"
+                        f" class number in {where}, and has {there}: see --image-key, --label-key"
                     ) from error
                 yield image.offset_data, image.size, label
     except tarfile.TarError as error:

@@ -3,6 +3,7 @@
 That package and this project's own module are both called `datasets`: see `named_datasets`.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from utils import InputError
 
 
 class HuggingFace(Archive):
-    """A split of a Hugging Face data set with the columns image and label.
+    """A split of a Hugging Face data set with a column of images and one of class numbers.
 
     No code that comes with a set is run. Nothing is fetched for a set on disk.
 
@@ -30,6 +31,7 @@ class HuggingFace(Archive):
         splits: names of the split: the first that the set has.
         transform: from image to model input.
         classes: class names in the model's order.
+        image_key, label_key: names of the two columns.
 
     Raises:
         FileNotFoundError: there is no such set.
@@ -46,24 +48,33 @@ class HuggingFace(Archive):
         splits: list[str],
         transform: Callable | None = None,
         classes: list[str] | None = None,
+        image_key: str = "image",
+        label_key: str = "label",
     ):
         if name in self.FORMATS:
             if not root.is_dir():
                 raise FileNotFoundError(f"no folder {root}")
             name = str(root.absolute())
+        check_links(name)
         # A set on disk must not be cached in its own folder, which would then be read with it.
         self.name, self.cache_dir, self.splits = name, None if Path(name).is_dir() else str(root), splits
+        self.image_key, self.label_key = image_key, label_key
         dataset = self.open()
-        self.columns = columns_of(dataset)
+        self.columns = self.columns_of(dataset)
         self.length = len(dataset)
         source = f"hfds/{name} ({splits[0]})"
-        names = getattr(dataset.features["label"], "names", None)  # of a ClassLabel
-        if not names:
-            numbers = self.columns[1].unique().to_pylist()
-            if not numbers or not all(isinstance(number, int) for number in numbers):
-                raise InputError(f"{source}: the column label must hold class numbers")
-            names = max(numbers) + 1
-        super().__init__(source, names, classes, transform)
+        labels = self.columns[1]
+        whole = str(labels.type).startswith(("int", "uint", "bool"))
+        self.own_labels = labels.unique().to_pylist() if whole else []
+        bad = [label for label in self.own_labels if label is None or label < 0]
+        if bad or not self.own_labels:
+            raise InputError(
+                f"{source}: the column {label_key} must hold class numbers from 0 up, not"
+                f" {bad[0] if bad else labels.type}: --label-key names another of"
+                f" {', '.join(dataset.column_names)}"
+            )
+        names = getattr(dataset.features[label_key], "names", None)  # of a ClassLabel
+        super().__init__(source, names or int(max(self.own_labels)) + 1, classes, transform)
 
     def open(self) -> Any:
         """Open the first of the splits that the set has, with image files left as they are."""
@@ -71,12 +82,14 @@ class HuggingFace(Archive):
             for split in self.splits:
                 try:
                     dataset = package.load_dataset(self.name, split=split, cache_dir=self.cache_dir)
-                    dataset = dataset.cast_column("image", package.Image(decode=False))
-                    if "label" not in dataset.column_names:
-                        raise InputError(f"it has no column label but {', '.join(dataset.column_names)}")
-                    # Where there is no column of that name, the cast has made one of nulls.
-                    if nulls := dataset.data.column("image").null_count:
-                        raise InputError(f"{nulls} of its rows have nothing in the column image")
+                    keys = {"--image-key": self.image_key, "--label-key": self.label_key}
+                    for flag, key in keys.items():  # the cast would make a column of nulls
+                        if key not in dataset.column_names:
+                            there = ", ".join(dataset.column_names)
+                            raise InputError(f"it has no column {key} but {there}: name one with {flag}")
+                    dataset = dataset.cast_column(self.image_key, package.Image(decode=False))
+                    if nulls := dataset.data.column(self.image_key).null_count:
+                        raise InputError(f"{nulls} of its rows have nothing in the column {self.image_key}")
                     return dataset
                 except FileNotFoundError:
                     raise
@@ -88,12 +101,19 @@ class HuggingFace(Archive):
         """Return the state without the table, so that a spawned worker opens its own."""
         return self.__dict__ | {"columns": None}
 
+    def columns_of(self, dataset: Any) -> tuple[Any, Any]:
+        """Return images and labels of a set as Arrow arrays, which need no code of the package."""
+        return dataset.data.column(self.image_key), dataset.data.column(self.label_key)
+
+    def labels(self) -> set[int]:
+        return set(self.own_labels)
+
     def __len__(self) -> int:
         return self.length
 
     def record(self, index: int) -> tuple[bytes, int]:
         if self.columns is None:
-            self.columns = columns_of(self.open())
+            self.columns = self.columns_of(self.open())
         image, label = (column[index].as_py() for column in self.columns)
         try:
             return image["bytes"] or Path(image["path"]).read_bytes(), label
@@ -101,9 +121,15 @@ class HuggingFace(Archive):
             raise BadImageError(f"{self.source}, record {index}", "it has no image") from error
 
 
-def columns_of(dataset: Any) -> tuple[Any, Any]:
-    """Return the columns image and label of a set as Arrow arrays, which need no code of the package."""
-    return dataset.data.column("image"), dataset.data.column("label")
+def check_links(folder: str) -> None:
+    """Raise InputError for a linked folder in that of a set: the package would leave it out silently."""
+    for place, names, _ in os.walk(folder):
+        names[:] = [name for name in names if not name.startswith(".")]
+        for path in (os.path.join(place, name) for name in names):
+            if os.path.islink(path):
+                raise InputError(
+                    f"hfds/ does not follow linked folders such as {path}: --data-set IMNET does"
+                )
 
 
 @contextmanager

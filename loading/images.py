@@ -55,6 +55,8 @@ def load_image(file: str | Path | BinaryIO, name: str | None = None, side: int =
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as image:
                 return as_rgb(image, side)
+    except MemoryError:
+        raise
     except Exception as error:  # PIL raises many kinds of exception on a broken file
         unknown = isinstance(error, UnidentifiedImageError)  # whose text has an address in memory
         reason = "it is of no known format" if unknown else " ".join(str(error).split())

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.cost import token_gflops
-from models.flags import Flag
 from models.registry import register
-from models.vit import NANO, AdaptiveViT, Block, Knob, Picture, StageOutput
+from models.vit import NANO, AdaptiveViT, Block, Flag, Knob, Picture, StageOutput
 from models.weights import file_name_readers
 from utils import InputError
 
@@ -39,9 +38,11 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor
 
     Args:
         q, k, v: [T,H,d] each, as is the result.
-        lengths: of the sequences, zeros allowed; their sum is T.
+        lengths: of the sequences, zeros allowed, or none at all; their sum is T.
     """
     lengths = [n for n in lengths if n]
+    if not lengths:
+        return v
     longest = max(lengths)
     if min(lengths) == longest:
         batch = (x.unflatten(0, (-1, longest)).transpose(1, 2) for x in (q, k, v))  # [B,H,n,d] each

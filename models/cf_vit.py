@@ -9,11 +9,10 @@ import math
 
 from torch import Tensor
 
-from models.flags import Flag
 from models.registry import register
 from models.selection import top_patches
 from models.two_stage import TwoStageViT
-from models.vit import NANO
+from models.vit import NANO, Flag
 
 
 class CFViT(TwoStageViT):

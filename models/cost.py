@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.vit import Adaptive, AdaptiveViT
+from utils import widest_float
 
 # Operators without multiply-adds of note: element-wise work, reductions, sorting and the moving of data.
 CHEAP = {
@@ -25,8 +26,8 @@ CHEAP = {
     eq ne bitwise_not bitwise_and __and__ ones_like zeros_like
     dropout_ im2col repeat_interleave reshape_as clamp_min cos sin
     linalg_vector_norm col2im square hardsigmoid
-    scatter_add scatter_reduce index_add minimum maximum abs norm var logical_and logical_or logical_not amin
-    aminmax cumprod fill_ one_hot softplus erf rms_norm
+    new_ones new_zeros scatter_add scatter_reduce index_add minimum maximum abs norm var logical_and
+    logical_or logical_not amin aminmax cumprod fill_ one_hot softplus erf rms_norm
     """.split()
 }
 
@@ -99,9 +100,9 @@ def token_gflops(model: AdaptiveViT, tokens: Tensor) -> Tensor:
         tokens: [B,L] tokens that enter each block, the class token included.
 
     Returns:
-        [B] float64.
+        [B] float64; float32 where the device has no more.
     """
-    n, dim = tokens.double(), model.embed_dim
+    n, dim = tokens.to(widest_float(tokens.device)), model.embed_dim
     layers = [[m.weight.numel() for m in b.modules() if isinstance(m, nn.Linear)] for b in model.blocks]
     norms = 2 * 5 * dim  # fvcore counts 5 per element
     per_token = n.new_tensor([sum(sizes) + norms for sizes in layers])  # [L]

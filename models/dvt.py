@@ -6,7 +6,7 @@ Grid side s, P = s*s patches, N = P + 1 tokens, and s', P', N' in the transforme
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +15,9 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.registry import build, register
+from models.registry import arguments, build, reducers, register
 from models.t2t import RECIPE, RECIPE_12, T2T_12, T2T_14, T2TViT, grid_sides
-from models.vit import NANO, Adaptive, AdaptiveViT, Block, StageOutput
+from models.vit import NANO, Adaptive, AdaptiveViT, Block, Picture, StageOutput
 from utils import InputError
 
 REUSED = 48  # channels of the reused features
@@ -85,12 +85,19 @@ class ReuseBlock(Block):
             self.feature_resuse_mlp = nn.Sequential(norm_layer(dim), Mlp(dim, 128, REUSED))  # as published
 
     def attend(
-        self, x: Tensor, bias: Tensor | None = None, need: str | None = None, alone: bool = False
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        need: str | None = None,
+        alone: bool = False,
+        places: Tensor | None = None,
+        own_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """From [B,N,C] to [B,N,C], or to [B,1,C] where only the class token, `alone`, is wanted.
 
-        `bias` [B,H,N',N'] are logits to add, still on the grid before; `need` "relation" returns the scaled
-        logits [B,H,N,N], with what was added.
+        `bias` [B,H,N',N'] are logits to add, still on the grid before; `places` [B,N] says where on the own
+        grid the tokens of x stand, by default all in order. `own_bias` is added as it is. `need` "relation"
+        returns the scaled logits [B,H,N,N] with what was added; others see models.vit.Attention.
         """
         attn, wanted = self.attn, slice(1 if alone else None)
 
@@ -98,8 +105,16 @@ class ReuseBlock(Block):
             if bias is not None:
                 bias = self.enlarge.keys(bias[:, :, wanted])
                 bias = bias if alone else self.enlarge.queries(bias)  # [B,H,N,N] or [B,H,1,N]
+                if places is not None:
+                    bias = at_places(bias, places, dim=-1)
+                    bias = bias if alone else at_places(bias, places, dim=-2)
+            if own_bias is not None:
+                bias = own_bias if bias is None else bias + own_bias
             if need != "relation":
-                return F.scaled_dot_product_attention(q[:, :, wanted], k, v, attn_mask=bias), None
+                extra = None
+                if need is not None:
+                    extra = k.mean(dim=1) if need == "keys" else attn.class_row(q, k, bias)
+                return F.scaled_dot_product_attention(q[:, :, wanted], k, v, attn_mask=bias), extra
             logits = (attn.scale * q) @ k.transpose(-2, -1)  # scaled first for fp16
             logits = logits if bias is None else logits + bias
             return logits.softmax(dim=-1) @ v, logits
@@ -109,7 +124,7 @@ class ReuseBlock(Block):
         out, logits = attention(q, k, v, bias) if plain else recompute(attention, q, k, v, bias)
         return self.residual(x[:, wanted], attn.proj(out.transpose(1, 2).flatten(2))), logits
 
-    def feed(self, x: Tensor, features: Tensor | None = None) -> Tensor:
+    def feed(self, x: Tensor, features: Tensor | None = None, places: Tensor | None = None) -> Tensor:
         """The MLP on [B,N,C] and features [B,P',C] of the exit before, None for the class token alone."""
         if not self.feature_reuse:
             return super().feed(x)
@@ -117,7 +132,36 @@ class ReuseBlock(Block):
             reused = x.new_zeros(*x.shape[:2], REUSED)
         else:  # the class token reuses nothing
             reused = F.pad(self.enlarge(self.feature_resuse_mlp(features)), (0, 0, 1, 0))
+            reused = reused if places is None else at_places(reused, places, dim=-2)
         return self.residual(x, self.mlp(self.norm2(torch.cat([x, reused], dim=-1))))
+
+
+def at_places(x: Tensor, places: Tensor, dim: int) -> Tensor:
+    """Take from dimension `dim` of x [B,...] what is at `places` [B,n]; zeros where a place is -1."""
+    shape, index = [len(places)] + [1] * (x.ndim - 1), list(x.shape)
+    shape[dim] = index[dim] = places.shape[1]
+    places = places.view(shape)
+    return x.gather(dim, places.clamp(min=0).expand(index)).where(places >= 0, 0.0)
+
+
+class Reused(NamedTuple):
+    """A block of an exit with what it reuses, which a reducer runs as any other block."""
+
+    block: ReuseBlock
+    bias: Tensor | None
+    features: Tensor | None
+    info: dict[str, Tensor]
+
+    def attend(
+        self, x: Tensor, bias: Tensor | None = None, need: str | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        return self.block.attend(x, self.bias, need, places=self.info["places"], own_bias=bias)
+
+    def feed(self, x: Tensor) -> Tensor:
+        return self.block.feed(x, self.features, self.info["places"])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.feed(self.attend(x)[0])
 
 
 class Exit(AdaptiveViT):
@@ -126,7 +170,8 @@ class Exit(AdaptiveViT):
     - `relation_reuse_conv` mixes the logits of all blocks of the exit before, still on its grid; every block
       enlarges its part itself, so that the large maps of two blocks never exist at once;
     - its info is what the next exit reuses: `features` [B,N,C] of the last block, `relation` [B,L*H,N,N];
-    - in evaluation the last block of the last exit makes the class token alone.
+    - in evaluation the last block of the last exit makes the class token alone;
+    - a reducer, if there is one, works in the last exit, which hands nothing on.
 
     Args:
         exit: its number, 0 to 2; the first reuses nothing, the last hands nothing on.
@@ -163,7 +208,8 @@ class Exit(AdaptiveViT):
         (w0, b0), (w1, b1) = ((conv.weight.flatten(1), conv.bias) for conv in self.relation_reuse_conv[::2])
         rows = relation.flatten(2).transpose(1, 2).flatten(0, 1)  # [B*N'*N',L*H]
         mixed = [F.linear(F.gelu(F.linear(part, w0, b0)), w1, b1) for part in rows.split(ROWS)]
-        return torch.cat(mixed).unflatten(0, (len(relation), -1)).transpose(1, 2).view(relation.shape)
+        parts = len(relation), relation.shape[2:].numel()
+        return torch.cat(mixed).unflatten(0, parts).transpose(1, 2).view(relation.shape)
 
     def stage(self, k: int, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:
         x, biases, relation, info = self.embed(images), [None] * len(self.blocks), [], {}
@@ -172,10 +218,16 @@ class Exit(AdaptiveViT):
             mixed = recompute(self.mix, prev["relation"])
             biases = mixed.chunk(len(self.blocks), dim=1)  # each [B,H,N',N']
         need = "relation" if self.hands_relation else None
-        for block, bias in zip(self.blocks, biases, strict=True):
+        reduces = type(self).reduce is not AdaptiveViT.reduce
+        if reduces:
+            info["places"] = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        for i, (block, bias) in enumerate(zip(self.blocks, biases, strict=True)):
             # Training computes all, so that the last block's small network has its gradient, of zero.
             alone = self.last and block is self.blocks[-1] and not self.training
-            x, logits = block.attend(x, bias, need, alone)
+            if reduces and not alone:
+                x = self.reduce(x, Reused(block, bias, features, info), i, info)
+                continue
+            x, logits = block.attend(x, bias, need, alone, info.get("places"), self.key_bias(info))
             x = block.feed(x, None if alone else features)
             relation.append(logits)
         if self.hands_features:
@@ -235,6 +287,13 @@ class DVT(Adaptive):
     def stage(self, k: int, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:
         return self.get_submodule(PREFIXES[k]).stage(0, images, prev)
 
+    def set_epoch(self, epoch: float) -> None:
+        for part in self.children():
+            part.set_epoch(epoch)
+
+    def picture(self, info: dict[str, Tensor]) -> Picture:
+        return self.get_submodule(PREFIXES[-1]).picture(info)
+
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith(("cls_token", "pos_embed"))}
 
@@ -250,7 +309,11 @@ def register_cascade(names: str, cls: type[Exit], text: str, recipe: dict[str, A
     """Register a cascade of exits of one class."""
 
     def make(defaults: dict[str, Any], kwargs: dict[str, Any]) -> DVT:
-        return DVT([build(cls, defaults | {"exit": k}, kwargs) for k in range(DVT.num_exits)])
+        reducer = reducers.get(kwargs.get("reducer"), AdaptiveViT)
+        own = {"reducer", *arguments(reducer)} - set(arguments(AdaptiveViT))
+        early = {name: value for name, value in kwargs.items() if name not in own}
+        exits = [build(cls, defaults, early, exit=k) for k in range(DVT.num_exits - 1)]
+        return DVT([*exits, build(cls, defaults, kwargs, exit=len(exits))])
 
     register(names, DVT, text, make, recipe, **defaults)
 

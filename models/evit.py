@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from models.flags import Flag
-from models.registry import build, register
+from models.registry import build, register, register_reducer
 from models.selection import original_patches, take, top_patches
-from models.vit import NANO, AdaptiveViT, Knob, Picture, StageOutput
+from models.vit import NANO, AdaptiveViT, Block, Flag, Knob, Picture, StageOutput
 from utils import InputError
 
 
@@ -43,7 +43,7 @@ class EViT(AdaptiveViT):
 
     Args:
         keep_rate: share of the patches that each dropping block keeps, in (0, 1]; 1 drops nothing, ever.
-        drop_loc: numbers of the dropping blocks, from 0.
+        drop_loc: numbers of the dropping blocks, from 0; default: after each quarter, as published.
         fuse_token: whether dropped patches are fused.
         distilled: whether there is a distillation token.
         shrink_start_epoch: before this epoch training drops nothing.
@@ -71,7 +71,7 @@ class EViT(AdaptiveViT):
     def __init__(
         self,
         keep_rate: float = 0.7,
-        drop_loc: int | Sequence[int] = (3, 6, 9),
+        drop_loc: int | Sequence[int] | None = None,
         fuse_token: bool = False,
         distilled: bool = False,
         shrink_start_epoch: float = 0,
@@ -84,8 +84,9 @@ class EViT(AdaptiveViT):
             )
         self.num_prefix_tokens = 1 + distilled  # read by make_pos_embed, which the base constructor calls
         super().__init__(**vit)
-        blocks = [drop_loc] if isinstance(drop_loc, int) else list(drop_loc)
         depth = len(self.blocks)
+        drop_loc = [depth * quarter // 4 for quarter in (1, 2, 3)] if drop_loc is None else drop_loc
+        blocks = [drop_loc] if isinstance(drop_loc, int) else list(drop_loc)
         if not all(isinstance(i, int) and 0 <= i < depth for i in blocks) or len(set(blocks)) < len(blocks):
             raise InputError(f"drop_loc is {drop_loc}: take different block numbers from 0 to {depth - 1}")
         self.drop_loc, self.fuse_token = frozenset(blocks), fuse_token
@@ -107,21 +108,22 @@ class EViT(AdaptiveViT):
         self.rate = rate
         # A compiled stage reads these whole numbers and not the rate: it makes whole numbers that change
         # symbols, so that a moving rate does not compile it anew, and a float a constant.
-        self.kept_per_block = self.count_kept((self.img_size // self.patch_size) ** 2)
-
-    def count_kept(self, n: int) -> list[int]:
-        """Count the slots that each block keeps when `n` patches enter the first one; 0 for no drop."""
-        kept = []
+        self.entering, self.kept_per_block = [], []
+        n = (self.img_size // self.patch_size) ** 2
         for i in range(len(self.blocks)):
-            k = math.ceil(self.rate * n) if i in self.drop_loc and self.base_keep_rate < 1 else n
-            kept.append(k if k < n else 0)
-            n = k + self.fuse_token if k < n else n
-        return kept
+            self.entering.append(n)
+            self.kept_per_block.append(self.count_kept(i, n))
+            n = self.kept_per_block[i] + self.fuse_token if self.kept_per_block[i] else n
+
+    def count_kept(self, i: int, n: int) -> int:
+        """Count the slots that block `i` keeps of `n` patches; 0 where it drops none."""
+        kept = math.ceil(self.rate * n) if i in self.drop_loc and self.base_keep_rate < 1 else n
+        return kept if kept < n else 0
 
     def check_images(self, images: Tensor) -> None:
         height, width = images.shape[-2:] if images.ndim == 4 else (0, 1)
         if height != width or height % self.patch_size:
-            raise InputError(
+            raise ValueError(
                 f"images are {tuple(images.shape)}, expected [B,3,S,S], S a multiple of {self.patch_size}"
             )
 
@@ -146,24 +148,25 @@ class EViT(AdaptiveViT):
             return self.pos_embed
         return resample_abs_pos_embed(self.pos_embed, [side, side], num_prefix_tokens=prefix, antialias=False)
 
-    def run(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run the blocks on tokens [B,N,C].
+    def reduce(self, x: Tensor, block: Block, i: int, info: dict[str, Tensor]) -> Tensor:
+        """Run a block; where it drops, it adds `kept_<i>` [B,n] to the info.
 
-        Info: `kept_<i>` [B,n] for every block i that dropped, the kept slots of those that entered it, best
-        first; an earlier fused token is the last slot.
+        These are the kept slots of those that entered the block, best first; an earlier fused token is the
+        last slot.
         """
-        prefix, info = self.num_prefix_tokens, {}
-        patches = x.shape[1] - prefix
-        usual = patches == (self.img_size // self.patch_size) ** 2
-        counts = self.kept_per_block if usual else self.count_kept(patches)
-        for i, (block, kept) in enumerate(zip(self.blocks, counts, strict=True)):
-            if kept == 0:
-                x = block(x)
-                continue
-            x, scores = block.attend(x, need="cls")
-            x, info[f"kept_{i}"] = self.reorganise(x, scores[:, prefix - 1 :], kept)
-            x = block.feed(x)
-        return x, info
+        prefix = self.num_prefix_tokens
+        n = x.shape[1] - prefix
+        kept = self.kept_per_block[i] if n == self.entering[i] else self.count_kept(i, n)
+        if kept == 0:
+            return block(x)
+        x, scores = block.attend(x, need="cls")
+        x, best = self.reorganise(x, scores[:, prefix - 1 :], kept)
+        info[f"kept_{i}"] = best
+        if "places" in info:  # a fused token stands nowhere
+            first = torch.arange(prefix, device=x.device).expand(len(x), -1)
+            slots = torch.cat([first, prefix + best], dim=1)
+            info["places"] = F.pad(info["places"].gather(1, slots), (0, int(self.fuse_token)), value=-1)
+        return block.feed(x)
 
     def read_out(self, x: Tensor, info: dict[str, Tensor]) -> StageOutput:
         """Return the logits; distilled training adds `dist_logits` [B,K] to the info."""
@@ -205,12 +208,12 @@ class EViT(AdaptiveViT):
 
 SMALL = dict(embed_dim=384, num_heads=6)
 BASE = dict(embed_dim=768, num_heads=12)
-# At a depth of 4 instead of 12, after the same quarters.
-NANO_EVIT = NANO | dict(img_size=56, drop_loc=(1, 2, 3))
 
 
 def make(defaults: dict[str, Any], kwargs: dict[str, Any]) -> EViT:
     """Build with the published spelling of the rate, `base_keep_rate`, allowed."""
+    if {"base_keep_rate", "keep_rate"} <= kwargs.keys():
+        raise InputError("keep_rate and base_keep_rate are one argument: give one of them")
     if "base_keep_rate" in kwargs:
         kwargs["keep_rate"] = kwargs.pop("base_keep_rate")
     return build(EViT, defaults, kwargs)
@@ -221,12 +224,13 @@ def register_evit(names: str, text: str, **defaults: Any) -> None:
     register(names, EViT, text, make, **defaults)
 
 
+register_reducer("evit", EViT)
 aliases = "deit_small_patch16_shrink_base deit_small_patch16_224_shrink_base deit_small_patch16_224_shrink"
 register_evit(f"evit_deit_small {aliases}", "EViT on DeiT-S.", **SMALL)
 register_evit("evit_deit_base deit_base_patch16_shrink_base", "EViT on DeiT-B.", **BASE)
 register_evit("evit_deit_small_distilled", "EViT on DeiT-S, distillation token.", **SMALL, distilled=True)
 register_evit("evit_deit_base_distilled", "EViT on DeiT-B, distillation token.", **BASE, distilled=True)
-register_evit("evit_deit_nano", "EViT at the size of the embedded data set.", **NANO_EVIT)
+register_evit("evit_deit_nano", "EViT at the size of the embedded data set.", **NANO, img_size=56)
 # Published names that differ in their defaults.
 register_evit("deit_small_patch16_224_shrink05", "EViT on DeiT-S, half kept.", **SMALL, keep_rate=0.5)
 register_evit("deit_small_patch16_272_shrink", "EViT on DeiT-S, 272 pixels.", **SMALL, img_size=272)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from utils import InputError
 
+DEFAULT_THRESHOLD = 0.7  # confidence that lets an image leave early, where nothing else is asked for
+
 
 def confidence(logits: Tensor) -> Tensor:
     """Return the maximum softmax probability [B], in float32."""
@@ -138,7 +140,7 @@ def force_exits(confidence: Tensor, counts: list[int]) -> tuple[Tensor, list[flo
         Rows of the chosen images [sum(counts)] and a threshold per exit but the last.
 
     Raises:
-        InputError: too many images have the same confidence.
+        ValueError: too many images have the same confidence.
     """
     left, chosen, thresholds = torch.arange(len(confidence)), [], []
     for k, count in enumerate(counts[:-1]):
@@ -152,7 +154,7 @@ def force_exits(confidence: Tensor, counts: list[int]) -> tuple[Tensor, list[flo
             continue
         low, high = confidence[leave, k].min(), confidence[left, k].max()
         if not low > high:
-            raise InputError(
+            raise ValueError(
                 f"exit {k} is equally sure of too many images ({low:.4g}): no share can be forced"
             )
         # The middle may round to the lower confidence, whose image has to stay.

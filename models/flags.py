@@ -3,50 +3,11 @@
 import argparse
 import ast
 import json
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
+from models.registry import classes
+from models.vit import Flag
 from utils import InputError
-
-
-class Flag(NamedTuple):
-    """A command-line flag of a constructor argument, which a method declares on its class.
-
-    Attributes:
-        names: as they are typed, separated by spaces; - and _ mean the same in them.
-        help: one line.
-        type: from text to value; bool makes a --flag with its --no-flag.
-        argument: of the constructor; default: the first name.
-        epochs: the value is a share of the run's epochs and the argument a number of epochs.
-        training: for the training command alone.
-    """
-
-    names: str
-    help: str
-    type: Callable[[str], Any] = float
-    argument: str = ""
-    epochs: bool = False
-    training: bool = False
-
-    @property
-    def words(self) -> list[str]:
-        """The names as identifiers; the parsed value has the first."""
-        return [name.lstrip("-").replace("-", "_") for name in self.names.split()]
-
-    @property
-    def target(self) -> str:
-        """The constructor's argument."""
-        return self.argument or self.words[0]
-
-    @property
-    def spellings(self) -> list[str]:
-        """What may be typed."""
-        return list(dict.fromkeys(f"--{word.replace('_', by)}" for word in self.words for by in "_-"))
-
-    def add_to(self, parser: argparse._ActionsContainer) -> None:
-        """Add the flag to a parser or a group of one."""
-        form = {"action": argparse.BooleanOptionalAction} if self.type is bool else {"type": self.type}
-        parser.add_argument(*self.spellings, dest=self.words[0], help=self.help, **form)
 
 
 def declared_flags() -> list[Flag]:
@@ -55,8 +16,6 @@ def declared_flags() -> list[Flag]:
     Raises:
         RuntimeError: two methods mean different things by one name.
     """
-    from models.registry import classes  # methods import this module for `Flag`
-
     flags = list(dict.fromkeys(flag for cls in classes() for flag in cls.flags))
     names = [name for flag in flags for name in flag.spellings]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -82,10 +41,13 @@ def add_model_flags(parser: argparse._ActionsContainer, training: bool = False) 
     add("--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help=further)
 
 
-def add_weights_flag(parser: argparse._ActionsContainer) -> None:
-    """Add --use-ema, see `weights.chosen_weights`."""
-    text = "take the averaged weights, or the others; default: those that the best epoch was chosen by"
-    parser.add_argument("--use-ema", action=argparse.BooleanOptionalAction, help=text)
+def add_use_ema(parser: argparse._ActionsContainer) -> None:
+    """Add --use-ema, see `checkpointing.format.chosen_weights`."""
+    parser.add_argument(
+        "--use-ema",
+        action=argparse.BooleanOptionalAction,
+        help="take the averaged weights of the checkpoint, or not; default: those that decided what was best",
+    )
 
 
 def constructor_kwargs(values: dict[str, Any], epochs: float | None = None) -> dict[str, Any]:

@@ -10,11 +10,10 @@ import math
 import torch
 from torch import Tensor
 
-from models.flags import Flag
 from models.registry import register
 from models.selection import best_region, region_table, top_patches
 from models.two_stage import TwoStageViT
-from models.vit import NANO, Picture
+from models.vit import NANO, Flag, Picture
 
 
 class LFViT(TwoStageViT):

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from models.cf_vit import CFViT
-from models.flags import Flag
 from models.registry import register
 from models.selection import refine, take
-from models.vit import NANO, StageOutput
+from models.vit import NANO, AdaptiveViT, Flag, StageOutput
 from utils import InputError
 
 
@@ -105,6 +104,8 @@ class CFLVViT(CFViT):
     def __init__(self, mix_token: bool = True, dense_weight: float = 1.0, stem_width: int = 64, **cf):
         self.stem_width = stem_width  # read by make_patch_embed, which the base constructor calls
         super().__init__(**cf)
+        if type(self).reduce is not AdaptiveViT.reduce:
+            raise InputError("this model takes no reducer: its loss is on every patch")
         self.mix_token, self.dense_weight = mix_token, dense_weight
         self.aux_head = nn.Linear(self.embed_dim, self.num_classes)
 
@@ -112,7 +113,7 @@ class CFLVViT(CFViT):
         return Stem(self.patch_size, self.embed_dim, self.stem_width)
 
     def begin(self, images: Tensor) -> dict[str, Tensor]:
-        if not (self.training and self.mix_token):
+        if not (self.training and self.mix_token and len(images)):
             return {}
         return {"mix_box": draw_box(self.stage_size, images.device).expand(len(images), -1)}
 

@@ -110,4 +110,4 @@ def bounding_box(index: Tensor, side: int) -> Tensor:
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows `index` [B,n] of `x` [B,N,C] (or [1,N,C], shared by all images), as [B,n,C]."""
-    return x.expand(len(index), -1, -1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    return x.expand(index.shape[0], -1, -1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from models.flags import Flag
 from models.selection import refine, take
-from models.vit import AdaptiveViT, Picture, StageOutput
+from models.vit import AdaptiveViT, Flag, Picture, StageOutput
 from utils import SHARE, InputError
 
 
@@ -74,14 +73,16 @@ class TwoStageViT(AdaptiveViT):
             raise InputError(f"stage size is {stage_size}: take a grid of at least one patch a side")
         if not 0 < alpha <= 1:
             raise InputError(f"alpha is {alpha}: take a share in (0, 1]")
-        self.stage_size, side = stage_size, 2 * patch_size * stage_size
+        self.stage_size, side = stage_size, 2 * patch_size * stage_size  # read by make_pos_embed
         if img_size not in (None, side):
             flags = [flag.spellings[-1] for flag in self.flags if flag.target.endswith("stage_size")]
             raise InputError(
                 f"img_size is {img_size}, but {' or '.join(flags) or 'stage_size'} sets it:"
                 f" {stage_size} makes {side} pixels, {2 * patch_size} for each"
             )
-        super().__init__(img_size=side, patch_size=patch_size, **vit)  # calls make_pos_embed
+        super().__init__(img_size=side, patch_size=patch_size, **vit)
+        if self.num_prefix_tokens > 1:
+            raise InputError("distilled goes with plain models: two stages have no distillation token")
         self.beta = beta
         # The first quarter of the blocks is left out: 3 of 12, as published (3 of 16 for LV-ViT).
         self.first_attention = min(3, len(self.blocks) // 4) if first_attention is None else first_attention
@@ -116,6 +117,9 @@ class TwoStageViT(AdaptiveViT):
     def stage(self, k: int, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:
         self.check_images(images)
         return self.coarse(images) if k == 0 else self.fine(images, prev)
+
+    def check_images(self, images: Tensor) -> None:
+        AdaptiveViT.check_images(self, images)  # of this very size, whatever a reducer's own class takes
 
     def begin(self, images: Tensor) -> dict[str, Tensor]:
         """Return what `embed_patches` and `classify` of both stages read of this batch; batch-first."""
@@ -157,7 +161,18 @@ class TwoStageViT(AdaptiveViT):
         return self.classify(1, self.norm(x[:, self.read]), info, prev)
 
     def picture(self, info: dict[str, Tensor]) -> Picture:
-        return super().picture(info)._replace(heat=info.get("cls_attn"), refined=info.get("kept"))
+        picture, kept = super().picture(info), info.get("kept")
+        if kept is None:
+            return picture._replace(heat=info["cls_attn"])
+        # `run` tells of slots, which are patches of the fine grid, then coarse ones of four children each.
+        coarse = refine(info["rest"], self.stage_size).unflatten(1, (4, -1)).transpose(1, 2)
+        slots = torch.cat([kept[..., None].expand(-1, -1, 4), coarse], dim=1)  # [B,S,4]
+        stay = [take(slots, at.clamp(min=0)).where(at[..., None] >= 0, -1) for at in picture.kept]
+        groups = picture.groups
+        if groups is not None:
+            full = groups.new_zeros(len(groups), 4 * self.stage_size**2)
+            groups = full.scatter(1, slots.flatten(1), groups.repeat_interleave(4, dim=1))
+        return picture._replace(refined=kept, kept=tuple(at.flatten(1) for at in stay), groups=groups)
 
     def classify(
         self, k: int, x: Tensor, info: dict[str, Tensor], prev: dict[str, Tensor] | None = None
@@ -167,7 +182,7 @@ class TwoStageViT(AdaptiveViT):
 
     def with_class_token(self, patches: Tensor, k: int) -> Tensor:
         token = self.cls_token + self.pos_embed_list[k][:, :1]
-        return torch.cat([token.expand(len(patches), -1, -1), patches], dim=1)
+        return torch.cat([token.expand(patches.shape[0], -1, -1), patches], dim=1)
 
     def embed_patches(self, images: Tensor, info: dict[str, Tensor], index: Tensor | None = None) -> Tensor:
         """Embed all patches of images as [B,P,C], or patches `index` [B,n] of the full image as [B,n,C]."""

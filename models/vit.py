@@ -5,6 +5,7 @@ Vision Transformer (Dosovitskiy et al. 2021, arXiv 2010.11929) in DeiT's form (T
 Letters: B batch, N tokens (class token first), P = N - 1 patches, C channels, H heads, K classes, L blocks.
 """
 
+import argparse
 import math
 from collections.abc import Callable, Collection
 from functools import partial
@@ -23,7 +24,6 @@ from timm.layers import (
 )
 from torch import Tensor, nn
 
-from models.flags import Flag
 from utils import InputError, log
 
 
@@ -49,6 +49,7 @@ class Picture(NamedTuple):
         region: [B,4] left, top, right, bottom in pixels of the full image; right and bottom exclusive.
         refined: [B,n] patches that the stage sees at full resolution.
         kept: [B,n] per drop, patches that stay; -1 for a token that is no patch.
+        groups: [B,P] number of the token that each patch is part of at the end.
         depth: [B,P] blocks that each patch went through.
         blocks: how many there are, the end of the scale of `depth`.
     """
@@ -57,6 +58,7 @@ class Picture(NamedTuple):
     region: Tensor | None = None
     refined: Tensor | None = None
     kept: tuple[Tensor, ...] = ()
+    groups: Tensor | None = None
     depth: Tensor | None = None
     blocks: int = 0
 
@@ -72,6 +74,46 @@ class Knob(NamedTuple):
     type: Callable[[str], Any]
     low: float
     high: float
+
+
+class Flag(NamedTuple):
+    """A command-line flag of a constructor argument, which a method declares on its class.
+
+    Attributes:
+        names: as they are typed, separated by spaces; - and _ mean the same in them.
+        help: one line.
+        type: from text to value; bool makes a --flag with its --no-flag.
+        argument: of the constructor; default: the first name.
+        epochs: the value is a share of the run's epochs and the argument a number of epochs.
+        training: for the training command alone.
+    """
+
+    names: str
+    help: str
+    type: Callable[[str], Any] = float
+    argument: str = ""
+    epochs: bool = False
+    training: bool = False
+
+    @property
+    def words(self) -> list[str]:
+        """The names as identifiers; the parsed value has the first."""
+        return [name.lstrip("-").replace("-", "_") for name in self.names.split()]
+
+    @property
+    def target(self) -> str:
+        """The constructor's argument."""
+        return self.argument or self.words[0]
+
+    @property
+    def spellings(self) -> list[str]:
+        """What may be typed."""
+        return list(dict.fromkeys(f"--{word.replace('_', by)}" for word in self.words for by in "_-"))
+
+    def add_to(self, parser: argparse._ActionsContainer) -> None:
+        """Add the flag to a parser or a group of one."""
+        form = {"action": argparse.BooleanOptionalAction} if self.type is bool else {"type": self.type}
+        parser.add_argument(*self.spellings, dest=self.words[0], help=self.help, **form)
 
 
 class Attention(nn.Module):
@@ -302,7 +344,7 @@ class AdaptiveViT(Adaptive):
 
     def check_images(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[-2:] != (self.img_size, self.img_size):
-            raise InputError(
+            raise ValueError(
                 f"images are {tuple(images.shape)}, expected [B,3,{self.img_size},{self.img_size}]"
             )
 
@@ -313,7 +355,7 @@ class AdaptiveViT(Adaptive):
     def embed(self, images: Tensor) -> Tensor:
         """Return all tokens of images [B,3,S,S] with their positions, [B,N,C]."""
         patches = self.patch_embed(images)
-        prefix = [token.expand(len(patches), -1, -1) for token in self.prefix_tokens()]
+        prefix = [token.expand(patches.shape[0], -1, -1) for token in self.prefix_tokens()]
         return torch.cat([*prefix, patches], dim=1) + self.positions(patches.shape[1])
 
     def prefix_tokens(self) -> list[Tensor]:
@@ -326,9 +368,22 @@ class AdaptiveViT(Adaptive):
 
     def run(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the blocks on tokens [B,N,C]; return what is left of them, and the stage's info."""
-        for block in self.blocks:
-            x = block(x)
-        return x, {}
+        info: dict[str, Tensor] = {}
+        for i, block in enumerate(self.blocks):
+            x = self.reduce(x, block, i, info)
+        return x, info
+
+    def reduce(self, x: Tensor, block: Block, i: int, info: dict[str, Tensor]) -> Tensor:
+        """Run block number `i` on tokens [B,N,C]; a method that drops or merges tokens lets fewer leave.
+
+        What later blocks, a picture or the loss must know of it goes into `info`. Where `places` [B,N] is in
+        it, a reducer keeps it: the place that each token had at first, -1 for one that had none.
+        """
+        return block(x)
+
+    def key_bias(self, info: dict[str, Tensor]) -> Tensor | None:
+        """Return what `reduce` adds to the logits of the keys of its next block, [B,1,1,N], if anything."""
+        return None
 
     def read_out(self, x: Tensor, info: dict[str, Tensor]) -> StageOutput:
         """Return the logits [B,K] of tokens [B,N,C] that have passed all blocks, with the stage's info."""

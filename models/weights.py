@@ -4,6 +4,7 @@ import argparse
 import logging
 import re
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,17 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from checkpointing.format import chosen_weights
 from models.flags import read_value
 from models.registry import registered
 from models.vit import Adaptive, StageOutput
-from utils import InputError
+from utils import InputError, values_given
 
 log = logging.getLogger("adaptive-vit")
 # From the path of a published file to `model_name` and `model_kwargs`, as far as its name tells them.
 file_name_readers: list[Callable[[Path], dict[str, Any]]] = []
 WRAPPER = re.compile(r"(?:model|backbone|encoder|module|_orig_mod)\.")  # what others put before our names
 LEAST_SHARE = 0.5  # of a model's parameters that weights to start from have to hold
-WEIGHTS = {"model": "weights", "model_ema": "averaged weights"}  # under these keys of a checkpoint
 
 
 def create_model(name: str | None, kwargs: dict[str, Any]) -> Adaptive:
@@ -31,13 +32,19 @@ def create_model(name: str | None, kwargs: dict[str, Any]) -> Adaptive:
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
         raise InputError(f"unknown model {name!r}" + (f"; there are {close}" if close else ""))
-    try:
-        model = timm.create_model(name, **kwargs)
-    except TypeError as error:  # a model of timm does not take the argument
-        raise InputError(f"{name}: {str(error).split('__init__() ')[-1]}") from error
-    if not isinstance(model, Adaptive):
+    if name not in registered:
         raise InputError(f"{name} is a plain timm model: it can be a --baseline, no more")
-    return model
+    return any_model(name, kwargs)
+
+
+def any_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """Build a model of this project or of timm; InputError for arguments that it does not take."""
+    if name in registered:
+        return timm.model_entrypoint(name)(**kwargs)
+    # Without arguments there is nothing of the user's that a model of timm could refuse.
+    given = ", ".join(f"{key}={value}" for key, value in kwargs.items())
+    with values_given(f"{name} with {given}") if kwargs else nullcontext():
+        return timm.create_model(name, **kwargs)
 
 
 class OneStage(Adaptive):
@@ -70,12 +77,9 @@ def baseline_model(
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
     try:
-        model = timm.create_model(name, **kwargs, **({} if img_size is None else {"img_size": img_size}))
-    except (TypeError, ValueError):  # a network that takes any size, or derives its own
-        try:
-            model = timm.create_model(name, **kwargs)
-        except TypeError as error:
-            raise InputError(f"{name}: {str(error).split('__init__() ')[-1]}") from error
+        model = any_model(name, kwargs if img_size is None else kwargs | {"img_size": img_size})
+    except InputError:  # a network that takes any size, or derives its own
+        model = any_model(name, kwargs)
     if not isinstance(model, Adaptive):
         side = img_size or kwargs.get("img_size", model.pretrained_cfg["input_size"][-1])
         model = OneStage(model, side).eval()
@@ -109,29 +113,19 @@ def unwrapped(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tenso
     return outer | {name.removeprefix(prefix): state[name] for name in state if name not in outer}
 
 
-def chosen_weights(
-    checkpoint: dict[str, Any], source: str, use_ema: bool | None = None
-) -> tuple[dict[str, Tensor], str]:
-    """Return the weights of a checkpoint that were asked for, and their key, `model` or `model_ema`.
-
-    Args:
-        checkpoint: from `load_checkpoint`.
-        source: the file's name, for messages.
-        use_ema: whether to take the average; None for the weights that its best epoch was chosen by, or for
-            those that are there.
+def weights_of(checkpoint: dict[str, Any], source: str, use_ema: bool | None = None) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint that `chosen_weights` names.
 
     Raises:
-        InputError: the file lacks them.
+        InputError: the file, `source`, lacks them.
     """
-    key = checkpoint.get("best_weights", "model" if "model" in checkpoint else "model_ema")
-    if use_ema is not None:
-        key = "model_ema" if use_ema else "model"
-    if key not in WEIGHTS:
-        raise InputError(f"{source}: best_weights is {key!r}, not one of {', '.join(WEIGHTS)}")
+    key = chosen_weights(checkpoint, use_ema)
     if checkpoint.get(key) is None:
-        way = "take the averaged ones, with --use-ema" if key == "model" else "leave --use-ema out"
-        raise InputError(f"{source} holds no {WEIGHTS[key]} ({key}); {way}")
-    return checkpoint[key], key
+        what, way = "averaged", "leave --use-ema out"
+        if key == "model":
+            what, way = "raw", "take the averaged ones, with --use-ema"
+        raise InputError(f"{source} holds no {what} weights ({key}): {way}")
+    return checkpoint[key]
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -240,7 +234,7 @@ def model_from_checkpoint(
         raise InputError(
             f"{source} is a checkpoint of {saved}, not of {name}; leave --model out or name {saved}"
         )
-    weights, _ = chosen_weights(checkpoint, source, use_ema)
+    weights = weights_of(checkpoint, source, use_ema)
     if "model_kwargs" in checkpoint:
         kwargs = checkpoint["model_kwargs"] | kwargs
     else:

@@ -8,13 +8,14 @@
 Weights and images are random; the baseline's own row shows how far two measurements of the same differ.
 """
 
+import _root as _root
+
 import argparse
 import csv
 import gc
 import os
 from pathlib import Path
 
-import _root as _root
 import timm
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -65,10 +66,12 @@ def new_file(text: str) -> Path:
 
     Raises:
         FileNotFoundError: its folder does not exist.
+        OSError: it cannot be written.
     """
     path = Path(text)
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{path}: name a file in a folder that exists")
+    utils.check_writable(path, "name another file")
     return path
 
 

@@ -7,6 +7,8 @@ of main_deit.py, say otherwise. Nothing is made twice, so an interrupted compari
 only adds its own run. scripts/compare.sh compares this project's models.
 """
 
+from _root import ROOT
+
 import argparse
 import os
 import shlex
@@ -15,12 +17,12 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from _root import ROOT
 from tabulate import tabulate
 
 import utils
-from checkpointing.format import Results, load_checkpoint, load_json
-from inference.pictures import common_threshold, draw_curve
+from checkpointing.format import Results, load_checkpoint, load_json, read_pair
+from inference.pictures import draw_curve
+from inference.thresholds import threshold_text
 from utils import InputError, log
 
 HEADER = ["", "full MFLOPs", "val top-1 %", "test top-1 %", "first exit, test"]
@@ -85,7 +87,7 @@ def make(system: System, teacher: System | None, data: Path, output: Path) -> tu
         infer += ["--num_workers", "0", "--eval-mode", "1"]
         call(*infer)
         call(*infer, "--split", "test", "--results", results)
-    return Results.of(load_checkpoint(checkpoint)), Results.of(load_json(results))
+    return read_pair(load_checkpoint(checkpoint), load_json(results))
 
 
 def table_row(name: str, val: Results, test: Results) -> list[Any]:
@@ -95,7 +97,8 @@ def table_row(name: str, val: Results, test: Results) -> list[Any]:
     cost, accuracy = (column[chosen] for column in test.budgeted_batch_classification)
     if exits > 1:
         first = test.anytime_classification[0]
-        return row + [first, common_threshold(val, chosen), 1000 * cost, accuracy]
+        levels = val.thresholds_at(chosen)
+        return row + [first, levels and threshold_text(levels, ".2f"), 1000 * cost, accuracy]
     varies = cost < 0.999 * test.flops[0]
     return row + [None, None, *((1000 * cost, accuracy) if varies else (None, None))]
 

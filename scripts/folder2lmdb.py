@@ -8,6 +8,8 @@ An unfinished file is called .train.lmdb.part, and a second call goes on where t
 gets its name when everything in it has been compared with the folder.
 """
 
+import _root as _root
+
 import argparse
 import hashlib
 import json
@@ -17,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import _root as _root
 import torch
 
 import datasets
@@ -28,21 +29,21 @@ from utils import InputError, log
 if TYPE_CHECKING:
     import lmdb
 
+Images = datasets.Folder | datasets.LabelledFolder
+
 SOURCE = b"__source__"  # key of `source_of` the folder
-EXTRA = (archives.LENGTH, archives.CLASSES, SOURCE)
+EXTRA = (archives.LENGTH, archives.CLASSES, archives.LABELS, SOURCE)
 BATCH = 128  # images per transaction: a killed run repeats no more
 MAP = 2**28  # bytes that a new file may grow to before its map does
 
 
-def source_of(folder: datasets.Folder) -> bytes:
+def source_of(folder: Images) -> bytes:
     """Return a hash of the classes, paths and labels of a folder, in their order."""
     listed = [[str(Path(path).relative_to(folder.root)), label] for path, label in folder.samples]
     return hashlib.sha256(json.dumps([folder.classes, listed]).encode()).hexdigest().encode()
 
 
-def records(
-    folder: datasets.Folder, start: int, batch: int, threads: int
-) -> Iterator[list[tuple[bytes, bytes]]]:
+def records(folder: Images, start: int, batch: int, threads: int) -> Iterator[list[tuple[bytes, bytes]]]:
     """Yield keys and values of the images from number `start` on, in batches."""
 
     def read(index: int) -> tuple[bytes, bytes]:
@@ -73,9 +74,7 @@ def count(environment: "lmdb.Environment") -> int:
         return transaction.stat()["entries"] - sum(transaction.get(key) is not None for key in EXTRA)
 
 
-def fill(
-    environment: "lmdb.Environment", folder: datasets.Folder, name: str, batch: int, threads: int
-) -> None:
+def fill(environment: "lmdb.Environment", folder: Images, name: str, batch: int, threads: int) -> None:
     """Write the images that a file lacks, and compare all of it with the folder.
 
     Raises:
@@ -95,7 +94,8 @@ def fill(
         for items in records(folder, done, batch, threads):
             put(environment, items)
             advance(bar, len(items), f"{name}: written")
-    put(environment, [(archives.LENGTH, b"%d" % total)])
+    labels = json.dumps(sorted(folder.present())).encode()
+    put(environment, [(archives.LENGTH, b"%d" % total), (archives.LABELS, labels)])
     with utils.progress(total) as bar:
         for items in records(folder, 0, batch, threads):
             with environment.begin(buffers=True) as transaction:
@@ -116,9 +116,7 @@ def advance(bar, images: int, text: str) -> None:
         log.info("%s %d of %d images, %.0f img/s, %s left", text, bar.n, total, rate, left)
 
 
-def convert(
-    folder: datasets.Folder, target: Path, threads: int = 4, batch: int = BATCH, map_size: int = MAP
-) -> None:
+def convert(folder: Images, target: Path, threads: int = 4, batch: int = BATCH, map_size: int = MAP) -> None:
     """Make an LMDB file of a folder, or finish one.
 
     Args:
@@ -143,7 +141,7 @@ def convert(
     try:
         with lmdb.open(str(unfinished), subdir=False, map_size=map_size) as environment:
             fill(environment, folder, target.name, batch, threads)
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"{unfinished}: {error}; remove it and begin anew") from error
     except lmdb.Error as error:
         raise OSError(f"cannot write {unfinished}: {error}") from error
@@ -164,6 +162,7 @@ def parse() -> argparse.Namespace:
         metavar="SPLIT",
         help="folders to convert (train val)",
     )
+    datasets.add_val_labels(parser)
     add(
         "--num_workers",
         "--workers",
@@ -178,7 +177,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     utils.start_logging(utils.Context(torch.device("cpu"), 0, 1))
-    source = datasets.DataSource("IMNET", args.dir)
+    labels = dict(val_labels=args.val_labels, val_synsets=args.val_synsets)
+    source = datasets.DataSource("IMNET", args.dir, **labels)
     folders = {split: datasets.build_dataset(source, split) for split in args.splits}
     output = args.output or args.dir
     output.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,11 @@ C. Kaynak, CC BY 4.0), the photographs its sample images china.jpg and flower.jp
 
 from __future__ import annotations
 
+import _root as _root
+
 import argparse
 import csv
+import errno
 import functools
 import itertools
 import json
@@ -275,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             unfinished.rename(output)
     except OSError as error:
         print(f"cannot write {output} ({error}): give another --output", file=sys.stderr)
-        return 2
+        return 1 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130

@@ -10,11 +10,12 @@ classes left out (the logarithm of the mean exponential): with those at 0, where
 gives the classifier's own probabilities. Labels that exist are not made again.
 """
 
+import _root as _root
+
 import argparse
 import math
 from pathlib import Path
 
-import _root as _root
 import timm
 import torch
 import torch.nn.functional as F
@@ -24,11 +25,11 @@ from torch.utils.data import Subset
 
 import datasets
 import utils
-from checkpointing.format import load_checkpoint, load_json, save_json
+from checkpointing.format import chosen_weights, load_checkpoint, load_json, save_json
 from loading.loaders import EvalLoader, Shard
 from loading.token_labels import label_path
 from models import AdaptiveViT
-from models.weights import chosen_weights, load_weights, model_from_checkpoint
+from models.weights import load_weights, model_from_checkpoint, weights_of
 from utils import NON_NEGATIVE_INT, POSITIVE_INT, InputError
 
 LARGEST_HALF = 2048  # half precision holds whole numbers up to this one
@@ -38,7 +39,8 @@ def load_own(name: str, checkpoint: dict, source: str | None, options: dict) -> 
     """Return a plain model of this project with the weights of a checkpoint, and its data config."""
     if source is None:
         raise InputError(f"{name} has no published weights: give --checkpoint")
-    model, *_ = model_from_checkpoint(checkpoint, source, name, options)
+    averaged = chosen_weights(checkpoint) == "model_ema"
+    model, *_ = model_from_checkpoint(checkpoint, source, name, options, averaged)
     if type(model) is not AdaptiveViT:  # the others leave tokens out, or see the image in two resolutions
         raise InputError(f"{name} does not classify every patch: take a plain one such as deit_nano")
     return model, datasets.DATA_CONFIG | {"img_size": model.img_size}
@@ -54,7 +56,7 @@ def load_timm(name: str, checkpoint: dict, source: str | None, options: dict) ->
     if source is not None:
         heads = published.classifier if published else None
         head = f"{heads[0] if isinstance(heads, (list, tuple)) else heads}.weight"
-        weights, _ = chosen_weights(checkpoint, source)
+        weights = weights_of(checkpoint, source)
         if head in weights:
             kwargs = kwargs | {"num_classes": len(weights[head])}
     model = timm.create_model(name, pretrained=source is None, **kwargs)
@@ -163,11 +165,14 @@ def plan(data: datasets.Folder, output: Path, record: dict) -> list[tuple[int, P
             raise InputError(f"{path} and {sources[target]} have one name up to the first dot: rename one")
         sources[target] = path
     file = output / "labels.json"
-    if file.exists() and load_json(file) != record:
+    stored = load_json(file) if file.exists() else {}
+    # Files of before do not name the classes.
+    if stored and {"class_names": data.classes} | stored != record:
         raise InputError(f"{output} holds labels made otherwise (see {file}): give another --output")
     for folder in {target.parent for target in sources}:
         folder.mkdir(parents=True, exist_ok=True)
-    save_json(record, file)
+    if not stored:
+        save_json(record, file)
     return [(i, target) for i, target in enumerate(sources) if not target.exists()]
 
 
@@ -198,7 +203,9 @@ def parse() -> argparse.Namespace:
 @torch.inference_mode()
 def main() -> None:
     args = parse()
-    device = utils.start(args.device).device
+    context = utils.start(args.device)
+    utils.start_logging(context)
+    device = context.device
     model, config, checkpoint = load_classifier(args.model, args.checkpoint, args.img_size)
     classes = model.num_classes
     if args.top_k > classes:
@@ -218,7 +225,8 @@ def main() -> None:
         )
     source = Path(args.checkpoint).name if args.checkpoint else None
     record = {"model": config["name"], "checkpoint": source, "img_size": config["img_size"]}
-    todo = plan(data, args.output, record | {"top_k": args.top_k, "size": args.size})
+    record |= {"top_k": args.top_k, "size": args.size, "class_names": data.classes}
+    todo = plan(data, args.output, record)
 
     model.to(device)
     dtype = torch.float16 if classes <= LARGEST_HALF else torch.float32

@@ -31,7 +31,7 @@ infer --eval-mode 1 --split test --results "$output/results.json" >/dev/null
 step "eval mode 2: early exit against the plain model, timed"
 infer --eval-mode 2 --split test --threshold 0.7 --baseline deit_nano --results "$output/results.json"
 step "eval mode 3: what the checkpoint holds"
-infer --eval-mode 3 | sed -n 1,7p  # the curve follows
+infer --eval-mode 3 | sed -n '1,/^$/p'  # the curve follows
 
 step "pictures"
 python visualize.py --resume "$checkpoint" --data-path "$data" --split test --output_dir "$output/pictures" --num-images 16

@@ -3,14 +3,15 @@
 python scripts/report.py CHECKPOINT RESULTS.json
 """
 
+import _root as _root
+
 from typing import Any
 
-import _root as _root
 from tabulate import tabulate
 
 import utils
-from checkpointing.format import Results, load_checkpoint, load_json
-from inference.pictures import common_threshold
+from checkpointing.format import Results, load_checkpoint, load_json, read_pair
+from inference.thresholds import threshold_text
 from models.weights import model_from_checkpoint
 from utils import InputError
 
@@ -19,10 +20,9 @@ PASS = {"gain": 6.0, "coverage": 90.0, "accuracy": 99.0, "cost": 75.0}
 
 
 def thresholds_of(results: Results, at: int, form: str) -> str:
-    """Return the thresholds of an operating point, one where its exits share it."""
-    common = common_threshold(results, at)
-    levels = results.dynamic_threshold[at][: len(results.flops) - 1] if common is None else [common]
-    return " ".join(format(level, form) for level in levels)
+    """Return the stored thresholds of an operating point, one where its exits share it."""
+    levels = results.thresholds_at(at)
+    return "not stored" if levels is None else threshold_text(levels, form)
 
 
 def print_accuracy(name: str, stages: tuple[str, ...], test: Results) -> None:
@@ -40,9 +40,9 @@ def print_accuracy(name: str, stages: tuple[str, ...], test: Results) -> None:
 def print_speed(name: str, timed: dict[str, Any]) -> None:
     """Print images per second of early exit and of the plain model beside it."""
     plain = timed["baseline"]
-    rows = [
-        [f"{name}, early exit at {timed['threshold']:g}", timed["mean_gflops"], timed["images_per_second"]]
-    ]
+    levels = timed["threshold"]
+    levels = threshold_text(levels if isinstance(levels, list) else [levels], "g")
+    rows = [[f"{name}, early exit at {levels}", timed["mean_gflops"], timed["images_per_second"]]]
     rows += [[f"plain {plain['model']}, untrained", plain["gflops"], plain["images_per_second"]]]
     print("\n" + tabulate(rows, ["speed", "mean GFLOPs", "images/s"], floatfmt=("", ".4f", ".0f")))
     saved = plain["gflops"] / timed["mean_gflops"]
@@ -84,7 +84,7 @@ def main() -> None:
     model, name, _ = model_from_checkpoint(checkpoint, args.checkpoint, None, {})
     if model.num_exits == 1:
         raise InputError(f"{args.checkpoint}: {name} has one exit; the table is of early exit")
-    val, test = Results.of(checkpoint), Results.of(stored)
+    val, test = read_pair(checkpoint, stored)
     for file, results in ((args.checkpoint, val), (args.results, test)):
         if results.budgeted_batch_classification is None:
             raise InputError(f"{file} holds no curve: run dynamic_inference.py --eval-mode 1 first")

@@ -8,6 +8,8 @@ goes to the job's folder, unless --output_dir names another one. A job that reac
 preempted saves a checkpoint, is queued again and resumes from it.
 """
 
+from _root import ROOT
+
 import argparse
 import os
 import shlex
@@ -21,7 +23,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch.distributed as dist
-from _root import ROOT
 
 try:
     import submitit

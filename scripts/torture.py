@@ -6,6 +6,8 @@ Half of the kills are SIGKILL and half SIGTERM. After each the run goes on with 
 first, the next one starts. Log, weights, average, optimizer and random generators must agree in every bit.
 """
 
+from _root import ROOT
+
 import argparse
 import os
 import random
@@ -21,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from _root import ROOT
 from PIL import Image
 
 import utils

@@ -271,6 +271,7 @@ def test_packed_equals_masked_on_cuda(dtype: torch.dtype) -> None:
     assert_close(found.logits, expected.logits, atol=10 * rounding, rtol=0)
 
 
+@pytest.mark.slow
 def test_cost_at_full_depth_is_the_plain_models() -> None:
     for name, published in (("avit_deit_tiny", 1.254), ("avit_deit_small", 4.599)):
         model = timm.create_model(name)

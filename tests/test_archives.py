@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import signal
 import struct
 import sys
@@ -179,6 +180,16 @@ def test_classes_of_a_model_renumber_an_archive(source: DataSource, numbered: Pa
         build_dataset(source, "val", classes=["a", "c"])
 
 
+def test_absent_class_is_told(
+    source: DataSource, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "adaptive-vit")
+    assert build_dataset(source, "train").present() == {0, 1, 2}
+    assert "classes have no" not in caplog.text
+    build_dataset(source, "train", classes=["c", "x", "b", "a"])
+    assert caplog.messages[-1] == "1 of 4 classes have no training image: x"
+
+
 @pytest.mark.slow
 def test_archive_survives_pickling_and_workers(source: DataSource) -> None:
     data = build_dataset(source, "val", number)
@@ -281,7 +292,7 @@ def test_commands_do_the_same_on_archives_as_on_folders(
     ("words", "message"),
     [
         ("--use-lmdb", "no file .*train.lmdb: make it with scripts/folder2lmdb.py"),
-        ("--use-lmdb --data-set wds/x", "--use-lmdb goes with --data-set IMNET, not with wds/x"),
+        ("--use-lmdb --data-set wds/x", "--use-lmdb goes with --data-set IMNET; --data-set is wds/x"),
         ("--use-lmdb --token-label --token-label-data x --mixup 0 --cutmix 0", "without .*--use-lmdb"),
         ("--data-set wds/x", "has no shards of train"),
         ("--data-set wds/x --data-path nowhere", "no folder nowhere"),
@@ -328,6 +339,7 @@ def test_records_are_plain(numbered: Path, tmp_path: Path) -> None:
     entries = content(make_lmdb(numbered, tmp_path / "made") / "val.lmdb")
     assert entries.pop(b"__len__") == b"23"
     assert json.loads(entries.pop(b"__classes__")) == ["a", "b", "c"]
+    assert json.loads(entries.pop(b"__labels__")) == [0, 1, 2]
     entries.pop(b"__source__")
     assert set(entries) == {str(i).encode() for i in range(23)}
     for index, (path, label) in enumerate(folder.samples):
@@ -348,6 +360,35 @@ def test_folder2lmdb_makes_a_file_per_split(command: Command, numbered: Path, tm
     assert before == {path: path.stat().st_mtime_ns for path in output.iterdir()}
     ended = command("folder2lmdb", "--dir", numbered, "--output", output, "--splits", "train", "test")
     assert ended.code == 2 and "no folder" in ended.err
+
+
+def test_hidden_entries_are_not_converted(command: Command, numbered: Path, tmp_path: Path) -> None:
+    shutil.copytree(numbered, tmp_path / "in")
+    for name in (".ipynb_checkpoints/0.png", "a/._0.png", "b/.x/0.png"):
+        (tmp_path / "in" / "val" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / "val" / name).write_bytes(png())
+    ended = command("folder2lmdb", "--dir", tmp_path / "in", "--splits", "val")
+    assert ended.code == 0 and "val: left out: 3 hidden" in ended.err
+    folder2lmdb.convert(Folder(numbered / "val"), tmp_path / "clean.lmdb")
+    assert content(tmp_path / "in" / "val.lmdb") == content(tmp_path / "clean.lmdb")
+    names = {b"__classes__": b'[".ipynb_checkpoints", "b"]'}
+    with pytest.raises(ValueError, match="hidden folder .ipynb_checkpoints as a class: convert"):
+        Lmdb(write_lmdb(tmp_path / "old.lmdb", GOOD | names))
+
+
+def test_val_without_class_folders_is_converted(command: Command, numbered: Path, tmp_path: Path) -> None:
+    (tmp_path / "val").mkdir()
+    folder, lines = Folder(numbered / "val"), []
+    for path, label in folder.samples:
+        shutil.copy(path, tmp_path / "val")
+        lines.append(f"{Path(path).stem},{folder.classes[label]}\n")
+    (tmp_path / "labels.csv").write_text("".join(lines))
+    ended = command(
+        "folder2lmdb", "--dir", tmp_path, "--splits", "val", "--val-labels", tmp_path / "labels.csv"
+    )
+    assert ended.code == 0, ended.err
+    data = build_dataset(DataSource("IMNET", tmp_path, use_lmdb=True), "val")
+    assert read(data) == sorted(read(folder)) and data.classes == folder.classes
 
 
 def test_missing_val_is_found_under_its_other_names(numbered: Path, tmp_path: Path) -> None:
@@ -605,7 +646,7 @@ def test_places_are_looked_up_once_for_the_same_files(
 ) -> None:
     scanned = []
     scan = archives.scan
-    monkeypatch.setattr(archives, "scan", lambda path, key: scanned.append(path) or scan(path, key))
+    monkeypatch.setattr(archives, "scan", lambda path, *keys: scanned.append(path) or scan(path, *keys))
     write_shards(tmp_path, "val", Folder(numbered / "val"), [13, 10])
     first = read(build_dataset(DataSource("wds/x", tmp_path), "val"))
     assert len(scanned) == 2 and read(build_dataset(DataSource("wds/x", tmp_path), "val")) == first
@@ -665,6 +706,41 @@ def test_incomplete_sample_is_named(names: list[str], tmp_path: Path) -> None:
         build_dataset(DataSource("wds/x", tmp_path), "val")
 
 
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def test_hidden_members_and_shards_are_no_data(tmp_path: Path) -> None:
+    """As tar on macOS writes them: before, between and after a sample's own files."""
+    with tarfile.open(tmp_path / "val-0.tar", "w") as tar:
+        for name in ("./._0.png", "./0.png", "./._0.cls", "./0.cls", ".cache/1.png", "a/._1.png", "a/1.png"):
+            add(tar, name, b"1" if name.endswith("cls") else png(len(name)))
+        add(tar, "a/1.cls", b"0")
+    for name in (".val-1.tar", "._val-0.tar", "val/._0.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"no shard")
+    assert read(build_dataset(DataSource("wds/x", tmp_path), "val")) == [(7, 1), (7, 0)]
+
+
+def test_keys_of_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "adaptive-vit")
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        for number in range(3):
+            add(tar, f"{number}.left.png", png(number))
+            add(tar, f"{number}.right.png", png(10 + number))
+            add(tar, f"{number}.json", json.dumps({"kind": number - 1, "name": "x"}).encode())
+    source = DataSource("wds/x", tmp_path, image_key="RIGHT.png;jpg", label_key="kind")
+    assert read(build_dataset(source, "val", classes=["p", "q"])) == [(11, 0), (12, 1)]
+    assert "left out: 1 without a class" in caplog.text
+    assert "does not name its classes: their numbers are taken for the model's" in caplog.text
+    there = r"has .left.png, .right.png, .json with the fields kind, name: see --image-key, --label-key"
+    for keys in ({"label_key": "fine"}, {"image_key": "middle.png", "label_key": "kind"}):
+        with pytest.raises(ValueError, match=there if "image_key" not in keys else "sample 0 needs .*middle"):
+            build_dataset(source._replace(**{"image_key": "left.png"} | keys), "val")
+
+
 # Hugging Face
 
 
@@ -696,21 +772,78 @@ def test_parquet_folder(tables, numbered: Path, tmp_path: Path) -> None:
 def test_tables_that_do_not_fit(tables, numbered: Path, tmp_path: Path) -> None:
     for name, columns, message in (
         ("words", {"image": [{"bytes": png(), "path": None}], "label": ["cat"]}, "must hold class numbers"),
-        ("none", {"image": [{"bytes": png(), "path": None}], "kind": [1]}, "no column label but image, kind"),
+        ("lists", {"image": [{"bytes": png(), "path": None}], "label": [[1]]}, "must hold class numbers"),
+        (
+            "none",
+            {"image": [{"bytes": png(), "path": None}], "kind": [1]},
+            "no column label but image, kind: name one with --label-key",
+        ),
         (
             "other",
             {"picture": [{"bytes": png(), "path": None}], "label": [1]},
-            "1 of its rows have nothing in the column image",
+            "no column image but picture, label: name one with --image-key",
         ),
     ):
         (tmp_path / name).mkdir()
-        features = {"label": tables.Value("string" if name == "words" else "int64")}
+        kinds = {"words": tables.Value("string"), "lists": tables.List(tables.Value("int64"))}
+        features = {"label": kinds.get(name, tables.Value("int64"))}
         features |= {column: tables.Image() for column in columns if column in ("image", "picture")}
         features = {column: features.get(column, tables.Value("int64")) for column in columns}
         table = tables.Dataset.from_dict(columns, tables.Features(features))
         table.to_parquet(tmp_path / name / "train.parquet")
         with pytest.raises(ValueError, match=f"{name}.*{message}"):
             build_dataset(DataSource("hfds/", tmp_path / name), "train")
+
+
+def test_columns_of_other_names(
+    tables, command: Command, folder: Path, trained: Path, tmp_path: Path
+) -> None:
+    """The flags of all commands; CIFAR-100 calls its columns img and fine_label."""
+    data = Folder(folder / "val")
+    images = [{"bytes": Path(path).read_bytes(), "path": None} for path, _ in data.samples]
+    labels = [label for _, label in data.samples]
+    columns = {"img": images, "fine_label": labels, "coarse_label": [label // 2 for label in labels]}
+    kinds = [tables.Image(), tables.ClassLabel(names=data.classes), tables.Value("int64")]
+    features = tables.Features(dict(zip(columns, kinds, strict=True)))
+    tables.Dataset.from_dict(columns, features).to_parquet(tmp_path / "validation.parquet")
+    source = DataSource("hfds/", tmp_path, image_key="img", label_key="fine_label")
+    assert [label for _, label in build_dataset(source, "val")] == labels
+    flags = ["--data-set", "hfds/parquet", "--data-path", tmp_path, "--device", "cpu", "--num_workers", 0]
+    flags += ["--resume", trained / "checkpoint.pth", "--image-key", "img"]
+    for name, *words in (
+        ("main_deit", "--eval"),
+        ("dynamic_inference", "--eval-mode", 0, "--results", tmp_path / "results.json"),
+        ("visualize", "--output_dir", tmp_path / "pictures", "--num-images", 2),
+    ):
+        ended = command(name, *flags, *words, "--label-key", "fine_label")
+        assert ended.code == 0, ended.err
+        ended = command(name, *flags, *words)
+        assert ended.code == 2 and "no column label but img, fine_label, coarse_label" in ended.err
+
+
+@pytest.mark.parametrize("labels", [[0, -1], [0, None]])
+def test_rows_without_a_class_are_told_at_once(tables, labels: list, tmp_path: Path) -> None:
+    columns = {"image": [{"bytes": png(), "path": None}] * 2, "label": labels}
+    for kind in (tables.Value("int64"), tables.ClassLabel(names=["a", "b"])):
+        features = tables.Features({"image": tables.Image(), "label": kind})
+        tables.Dataset.from_dict(columns, features).to_parquet(tmp_path / "test.parquet")
+        with pytest.raises(
+            ValueError, match=f"column label must hold class numbers .*not {labels[1]}: --label"
+        ):
+            build_dataset(DataSource("hfds/", tmp_path), "val")
+
+
+def test_image_folder_of_the_package(tables, numbered: Path, tmp_path: Path) -> None:
+    """It leaves out hidden entries by itself, and linked folders, which is an error here."""
+    shutil.copytree(numbered, tmp_path / "in")
+    for name in (".ipynb_checkpoints/0.png", "a/._0.png", "b/.x/0.png"):
+        (tmp_path / "in" / "val" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / "val" / name).write_bytes(png())
+    source = DataSource("hfds/imagefolder", tmp_path / "in")
+    assert read(build_dataset(source, "val")) == read(Folder(numbered / "val"))
+    (tmp_path / "in" / "val" / "d").symlink_to(numbered / "val" / "a")
+    with pytest.raises(ValueError, match="does not follow linked folders such as .*val/d: --data-set IMNET"):
+        build_dataset(source, "val")
 
 
 def test_broken_image_is_named_not_replaced_by_the_next(tables, tmp_path: Path) -> None:

@@ -141,6 +141,7 @@ def test_operating_points_by_number_of_exits() -> None:
     assert points(3, 0.5)["early exit, 50 % at first exit"] == [0.5, 0.25, 0.25]
 
 
+@pytest.mark.slow
 def test_models_whose_images_differ_in_cost_are_timed_at_shares_of_it() -> None:
     torch.manual_seed(0)
     bench = Bench(ModelSpec.of(PLAIN), Precision(CPU), Options())

@@ -15,6 +15,7 @@ import torch
 from cases import Command, Ended, run
 from PIL import Image
 from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -181,6 +182,113 @@ def test_evaluation_repeats_the_log(command: Command, folder: Path, trained: Pat
     entry = log_of(trained)[-1]
     printed = dict(re.findall(r"(test_\w+) ([\d.]+)$", ended.err, re.MULTILINE))
     assert printed == {key: f"{value:.3f}" for key, value in entry.items() if key.startswith("test_")}
+
+
+def test_evaluation_of_the_average(command: Command, folder: Path, tmp_path: Path) -> None:
+    """Where the average decided which epoch is the best, --eval repeats the accuracy that decided."""
+    average = ["--eval-ema", "--model-ema-decay", 0.5, "--output_dir", tmp_path]
+    assert command("main_deit", *TRAIN, "--data-path", folder, *average).code == 0
+    best = load_checkpoint(tmp_path / "model_best.pth")
+    entry = log_of(tmp_path)[best["epoch"]]
+    assert best["best_by"] == "ema_exit1_acc1" and best["best"] == entry["ema_exit1_acc1"]
+    argv = ["--data-path", folder, "--num_workers", 0, "--device", "cpu"]
+    argv += ["--eval", "--resume", tmp_path / "model_best.pth"]
+    ended = command("main_deit", *argv)
+    assert ended.code == 0 and "evaluating the averaged weights (model_ema) of" in ended.err
+    printed = dict(re.findall(r"((?:test|ema)_\w+) ([\d.]+)$", ended.err, re.MULTILINE))
+    assert printed == {key: f"{value:.3f}" for key, value in entry.items() if key.startswith("ema_")}
+    ended = command("main_deit", *argv, "--no-eval-ema")
+    assert "evaluating the raw weights (model) of" in ended.err
+    assert f"test_exit1_loss {entry['test_exit1_loss']:.3f}" in ended.err and "ema_" not in ended.err
+
+
+def test_evaluation_of_an_average_that_is_not_there(
+    command: Command, folder: Path, sharp: Path, tmp_path: Path
+) -> None:
+    checkpoint = load_checkpoint(sharp)
+    checkpoint.pop("model_ema")
+    save_checkpoint(checkpoint, tmp_path / "plain.pth")
+    argv = ["--data-path", folder, "--num_workers", 0, "--eval", "--resume", tmp_path / "plain.pth"]
+    ended = command("main_deit", *argv, "--eval-ema")
+    assert ended.code == 2 and "plain.pth holds no averaged weights" in ended.err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--batch-size 33",
+        "--token-label",
+        "--opt nope",
+        "--opt adahessian",
+        "--opt sgd",
+        "--seed 7",
+        "--data-set IMNET",
+    ],
+)
+def test_evaluation_checks_nothing_of_training(
+    flags: str, command: Command, folder: Path, trained: Path, tmp_path: Path
+) -> None:
+    """Nor does it need the training images."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "val").symlink_to(folder / "val")
+    argv = ["--data-path", tmp_path / "data", "--num_workers", 0, "--device", "cpu"]
+    argv += ["--eval", "--resume", trained / "checkpoint.pth", *flags.split()]
+    ended = command("main_deit", *argv)
+    assert ended.code == 0, ended.err
+    assert f"test_exit1_acc1 {log_of(trained)[-1]['test_exit1_acc1']:.3f}" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "warmup", "cooldown"),
+    [
+        ("--model cf_lvvit_nano", 5, 10),
+        ("--model cf_lvvit_nano --epochs 1", 0.1, 0),
+        ("--model cf_lvvit_nano --epochs 60", 5, 2),
+        ("--model cf_lvvit_nano --epochs 1 --cooldown-epochs 4 --warmup-epochs 3", 3, 4),
+        ("--model t2t_vit_14 --epochs 15", 1, 0),
+        ("--model t2t_vit_14 --epochs 600", 20, 10),
+        ("--model avit_deit_tiny", 5, 0),
+        ("--model deit_nano --epochs 30", 3, 0),
+    ],
+)
+def test_epochs_of_a_recipe_scale_with_shorter_runs(flags: str, warmup: float, cooldown: int) -> None:
+    args, _ = main_deit.parse(["--data-path", "unused", *flags.split()])
+    assert args.warmup_epochs == pytest.approx(warmup) and args.cooldown_epochs == cooldown
+    assert args.scaled == ([] if "--cooldown" in flags else ["warmup_epochs", "cooldown_epochs"])
+
+
+def test_a_short_run_of_a_recipe_says_what_is_scaled(command: Command, folder: Path, tmp_path: Path) -> None:
+    """What was scaled follows --epochs when the run is resumed; what a flag said stays."""
+    flags = (
+        "--model cf_lvvit_nano --model-kwargs depth=2 --batch-size 32 --device cpu --num_workers 0".split()
+    )
+    argv = [*flags, "--data-path", folder, "--output_dir", tmp_path]
+    ended = command("main_deit", *argv, "--epochs", 1)
+    assert ended.code == 0, ended.err
+    assert "scaled to 1 epochs: --warmup-epochs 5 to 0.1, --cooldown-epochs 10 to 0" in ended.err
+    assert len(log_of(tmp_path)) == 1
+    resume = ["--resume", str(tmp_path / "checkpoint.pth"), "--data-path", "unused", "--epochs", "300"]
+    args, _ = main_deit.parse(resume)
+    assert (args.warmup_epochs, args.cooldown_epochs) == (5, 10)
+    args, _ = main_deit.parse([*resume, "--warmup-epochs", "2"])
+    assert (args.warmup_epochs, args.cooldown_epochs, args.scaled) == (2, 10, ["cooldown_epochs"])
+
+
+@pytest.mark.parametrize("sched", ["step", "multistep"])
+def test_steps_of_the_learning_rate_scale(sched: str) -> None:
+    args, _ = main_deit.parse(
+        ["--model", "deit_nano", "--data-path", "unused", "--epochs", "10", "--sched", sched, "--lr", "1"]
+        + ["--unscale-lr", "--warmup-epochs", "0", "--no-sched-on-updates"]
+    )
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.lr)
+    scheduler, _ = create_scheduler_v2(optimizer, **main_deit.schedule_options(args, 5))
+    rates = []
+    for epoch in range(10):
+        scheduler.step(epoch)
+        rates.append(optimizer.param_groups[0]["lr"])
+    at = [3, 6, 9] if sched == "step" else [2, 5, 8]  # timm's multistep counts the epoch that begins
+    expected = [0.1 ** sum(epoch >= step for step in at) for epoch in range(10)]
+    assert rates == pytest.approx(expected)
 
 
 @pytest.mark.slow
@@ -396,7 +504,7 @@ def test_exact_command_prints_and_stores(
         assert [float(row[0]) for row in rows] == [t / 100 for t in range(0, 101, 5)]
         assert [float(row[2]) for row in rows] == pytest.approx(accuracy[::5], abs=0.01)
         assert [float(row[3]) + float(row[4]) for row in rows] == pytest.approx([100] * 21, abs=0.1)
-    assert after.keys() - before.keys() == {"flops", *STORED[mode]}
+    assert after.keys() - before.keys() == {"flops", "results_of", *STORED[mode]}
     assert all(same(before[key], after[key]) for key in before)
     assert not [path for path in checkpoint.parent.iterdir() if path.name.endswith(".tmp")]
 
@@ -453,6 +561,7 @@ def test_results_in_a_file_are_merged(
         "anytime_classification",
         "budgeted_batch_classification",
         "dynamic_threshold",
+        "results_of",
         "timed",
     }
 

@@ -95,7 +95,7 @@ def test_the_recipe_names_systems_that_compare_reads(tmp_path: Path) -> None:
         ["bash", "scripts/compare.sh"], cwd=ROOT, env={"PATH": path}, capture_output=True, text=True
     ).stdout.splitlines()
     args = compare.make_parser().parse_args(listed[1:])
-    assert len(args.systems) == 11 and args.systems[7].flags == "--coarse-only 0.39 --select-from 0".split()
+    assert len(args.systems) == 14 and args.systems[8].flags == "--coarse-only 0.39 --select-from 0".split()
     assert args.teacher == [["CF-ViT, LV-ViT, token labels", "plain 14x14"]]
 
 

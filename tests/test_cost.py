@@ -1,14 +1,21 @@
 """GFLOPs against a closed form and against PyTorch's own counter."""
 
 import math
+import re
 
 import pytest
 import timm
 import torch
+from cases import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import models  # noqa: F401  (registers the models)
+import utils
+from models import flags
 from models.cost import exit_gflops, stage_gflops
+from models.weights import create_model
 
 LF = [
     dict(),
@@ -101,3 +108,58 @@ def test_counting_leaves_the_model_as_it_was() -> None:
     stage_gflops(model)
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class NoFloat64(TorchDispatchMode):
+    """Fails where an operator makes float64, as Apple's GPUs do."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            assert not (isinstance(value, torch.Tensor) and value.dtype == torch.float64), function
+        return result
+
+
+def test_costs_of_images_need_no_float64_where_the_device_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = timm.create_model("avit_deit_nano").eval()
+    with torch.inference_mode():
+        images = torch.rand(3, 3, 56, 56)
+        exact = model.image_gflops(0, model(images)[0].info)
+        monkeypatch.setattr(utils, "NO_FLOAT64", {"cpu"})
+        with NoFloat64():
+            cost = model.image_gflops(0, model(images)[0].info)
+    assert exact.dtype == torch.float64 and cost.dtype == torch.float32
+    torch.testing.assert_close(cost.double(), exact, rtol=1e-6, atol=0)
+
+
+def counted_here(page: str) -> list[tuple[str, str]]:
+    """Model with flags, and count, of all rows of a page's tables that have a column "counted here"."""
+    found, column = [], None
+    for line in (ROOT / page).read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        if not cells:
+            column = None
+        elif titles := [at for at, cell in enumerate(cells) if "counted here" in cell]:
+            (column,) = titles
+        elif column is not None and "`" in cells[0]:
+            found.append((re.search("`(.+?)`", cells[0])[1], cells[column]))
+    return found
+
+
+FIGURES = counted_here("README.md") + counted_here("docs/results.md")
+
+
+def test_the_pages_have_figures_of_every_method_of_full_size() -> None:
+    assert [len(counted_here(page)) for page in ("README.md", "docs/results.md")] == [12, 21]
+    assert {text.split("_")[0] for text, _ in FIGURES} == {"lf", "cf", "evit", "avit", "dvt"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("text", "figures"), dict.fromkeys(FIGURES))
+def test_figures_of_the_pages_are_what_the_code_counts(text: str, figures: str) -> None:
+    parser = utils.Parser()
+    flags.add_model_flags(parser)
+    args = parser.parse_args(["--model", *text.split()])
+    model = create_model(args.model, flags.constructor_kwargs(vars(args)))
+    counted = " / ".join(f"{gflops:.3f}" for gflops in exit_gflops(model))
+    assert figures.removesuffix(" (full depth)") == counted

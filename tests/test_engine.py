@@ -1,11 +1,13 @@
 """Early exit on a model with scripted exits, and statistics against loops."""
 
 import pytest
+import timm
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from engine import Precision, cascade, early_exit, predict
+from inference.streaming import ExitStream
 from loading.loaders import Shard
 from models import Adaptive, StageOutput
 from models.exits import (
@@ -16,6 +18,7 @@ from models.exits import (
     operating_points,
     uniform_thresholds,
 )
+from models.registry import registered
 
 
 class Scripted(Adaptive):
@@ -145,3 +148,29 @@ def test_budget_threshold_is_the_highest_that_fits(budget: float) -> None:
 def test_a_budget_below_the_first_exit_is_refused() -> None:
     with pytest.raises(ValueError, match="below the cost of the first exit"):
         budget_threshold(some_predictions(), [1.0, 2.0, 3.0], 0.5)
+
+
+def small(name: str) -> Adaptive:
+    """A registered model, those of full size with few and narrow blocks."""
+    narrow = {} if name.endswith("nano") else dict(embed_dim=16, depth=2, num_heads=2)
+    return timm.create_model(name, num_classes=10, **narrow).eval()
+
+
+@pytest.mark.parametrize("name", [*(name for name in registered if name.endswith("nano")), "dvt_t2t_vit_12"])
+def test_an_empty_batch_has_empty_outputs_like_any_other(name: str) -> None:
+    model = small(name)
+    images = torch.zeros(1, 3, model.img_size, model.img_size)
+    with torch.inference_mode():
+        for k, (empty, other) in enumerate(zip(model(images[:0]), model(images), strict=True)):
+            assert empty.logits.shape == (0, 10)
+            shapes = {
+                key: (value.shape[0], *value.shape[1:], value.dtype) for key, value in empty.info.items()
+            }
+            assert shapes == {key: (0, *value.shape[1:], value.dtype) for key, value in other.info.items()}
+            cost = model.image_gflops(k, empty.info)
+            assert cost is None or cost.shape == (0,)
+    logits, exits = early_exit(model, images[:0], [0.5] * (model.num_exits - 1))
+    assert logits.shape == (0, 10) and exits.shape == (0,)
+    stream = ExitStream(model, Precision(torch.device("cpu")), [0.5] * (model.num_exits - 1), 2, pad=True)
+    assert [len(taken) for _, taken in stream([images[:0], images, images[:0]])] == [0, 1, 0]
+    assert all(len(output.logits) == 0 for output in model.train()(images[:0]))

@@ -345,6 +345,7 @@ def test_training_moves_and_logs_the_rate_and_tests_at_the_last(evit: Path) -> N
     assert "keep_rate 0.5" in (evit / "train.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_brings_its_rate_to_inference(
     evit: Path, folder: Path, tmp_path: Path, command: Command
 ) -> None:
@@ -404,6 +405,7 @@ def test_one_checkpoint_is_tried_at_several_rates(
         assert ended.code == 2 and said in ended.err and ended.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_pictures_show_what_stays_after_each_drop(
     evit: Path, folder: Path, tmp_path: Path, command: Command
 ) -> None:

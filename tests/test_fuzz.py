@@ -306,3 +306,32 @@ def test_without_them_all_commands_succeed(name: str, folder: Path, sharp: Path)
     with workplace(sharp, folder) as places:
         code, error = call(name, COMMANDS[name].format(**places).split())
         assert code == 0, error
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "benchmark"])  # which has a row for it
+def test_a_fault_of_our_own_does_not_pass_for_bad_input(
+    name: str, kind: type[Exception], folder: Path, sharp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise kind("shapes do not match")
+
+    monkeypatch.setattr("models.vit.Block.attend", fail)
+    monkeypatch.setattr("datasets.Folder.load", fail)
+    monkeypatch.setattr("loading.archives.pack", fail)
+    with workplace(sharp, folder) as places, pytest.raises(kind, match="shapes do not match"):
+        call(name, COMMANDS[name].format(**places).split())
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError])
+def test_a_fault_of_a_constructor_does_not_pass_for_bad_input(
+    kind: type[Exception], folder: Path, sharp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise kind("__init__() got an unexpected keyword argument 'width'")
+
+    for name in ("main_deit", "dynamic_inference", "visualize", "benchmark"):
+        with workplace(sharp, folder) as places, monkeypatch.context() as patch:
+            patch.setattr("models.vit.Attention.__init__", fail)
+            with pytest.raises(kind, match="width"):
+                call(name, COMMANDS[name].format(**places).split())

@@ -1,6 +1,7 @@
 """Tests of scripts/make_digits.py: what the data set promises, and how the command fails."""
 
 import csv
+import errno
 import sys
 from collections import Counter
 from pathlib import Path
@@ -224,7 +225,10 @@ def test_unwritable_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert contents(tmp_path) == {"file": b"mine"}
 
 
-@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (OSError("disk full"), 2)])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(KeyboardInterrupt(), 130), (OSError(errno.ENOSPC, "full"), 1), (OSError(errno.EACCES, "denied"), 2)],
+)
 def test_failure_leaves_nothing(
     error: BaseException, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

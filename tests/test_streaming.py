@@ -113,6 +113,7 @@ def test_models_answer_as_in_one_batch(name: str, sizes: list[int], pad: bool) -
     assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, mode", [(name, "default") for name in NAMES] + [(NAMES[0], "reduce-overhead")]
 )

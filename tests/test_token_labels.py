@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import datasets
 import utils
+from checkpointing.format import load_json, save_json
 from loading import token_labels
 from loading.token_labels import (
     GEOMETRIC,
@@ -507,6 +508,38 @@ def test_labels_are_the_classifiers_best(
         # Training sees the classifier's own probabilities, though one of the two classes is not in the file.
         targets = token_targets(label[None], WHOLE, 2, 9, smoothing=0)[..., 1:]
         torch.testing.assert_close(targets, logits.softmax(dim=1).flatten(2), atol=3e-3, rtol=0)
+
+
+def test_hidden_images_get_no_label(command: Command, pictures: Path, tmp_path: Path) -> None:
+    save_model(tmp_path / "model.pth", "deit_nano")
+    for name in (".ipynb_checkpoints/0.x.png", "c/._1.x.png"):
+        (pictures / "train" / name).parent.mkdir(exist_ok=True)
+        (pictures / "train" / name).write_bytes(b"no image")
+    argv = ["--checkpoint", tmp_path / "model.pth", "--data-path", pictures, "--output", tmp_path / "labels"]
+    ended = command("make_token_labels", *argv, "--top-k", 1, "--device", "cpu", "--num_workers", 0)
+    assert ended.code == 0 and "6 token labels made" in ended.out, ended.err
+    assert "train: left out: 2 hidden" in ended.err
+    assert len(list((tmp_path / "labels").rglob("*.pt"))) == 6
+
+
+def test_labels_of_other_classes_are_refused(command: Command, pictures: Path, tmp_path: Path) -> None:
+    """Labels name classes by number: without the folder a.b, those of c would mean another class."""
+    save_model(tmp_path / "model.pth", "deit_nano")
+    output = tmp_path / "labels"
+    argv = ["--checkpoint", tmp_path / "model.pth", "--data-path", pictures, "--output", output, "--top-k", 1]
+    assert command("make_token_labels", *argv, "--device", "cpu", "--num_workers", 0).code == 0
+    assert len(datasets.TokenLabelled(datasets.Folder(pictures / "train"), output, None)) == 6
+    (pictures / "train" / "a.b").rename(pictures / "train" / "d")
+    with pytest.raises(ValueError, match="token labels of other classes than"):
+        datasets.TokenLabelled(datasets.Folder(pictures / "train"), output, None)
+    # Labels whose record does not name the classes are taken as they are, and added to.
+    (pictures / "train" / "d").rename(pictures / "train" / "a.b")
+    record = load_json(output / "labels.json")
+    assert record.pop("class_names") == ["a.b", "c"]
+    save_json(record, output / "labels.json")
+    assert len(datasets.TokenLabelled(datasets.Folder(pictures / "train"), output, None)) == 6
+    ended = command("make_token_labels", *argv, "--device", "cpu", "--num_workers", 0)
+    assert ended.code == 0 and "6 were there" in ended.out and load_json(output / "labels.json") == record
 
 
 def test_labels_that_exist_are_kept(command: Command, pictures: Path, tmp_path: Path) -> None:

@@ -2,16 +2,22 @@
 
 import argparse
 import datetime
+import errno
 import json
 import logging
 import os
 import random
+import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from cases import ROOT, run
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
@@ -489,8 +495,18 @@ def test_kinds_of_values(value: object, kind: object, fitting: bool) -> None:
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (ValueError("a\n b"), 2, "tool.py: error: a b"),
+        (utils.InputError("a\n b"), 2, "tool.py: error: a b"),
         (FileNotFoundError("no x"), 2, "tool.py: error: no x"),
+        (PermissionError(errno.EACCES, "denied", "x"), 2, "tool.py: error: [Errno 13] denied: 'x'"),
+        (OSError(errno.ENOSPC, "full", "x"), 1, "tool.py: failed: [Errno 28] full: 'x'"),
+        (OSError(errno.EIO, "broken"), 1, "tool.py: failed: [Errno 5] broken"),
+        (BrokenPipeError(errno.EPIPE, "gone"), 1, "tool.py: failed: [Errno 32] gone"),  # no reader of ours
+        (
+            OSError("Original Traceback\nOSError: [Errno 28] full: 'x'"),
+            1,
+            "tool.py: failed: [Errno 28] full: 'x'",
+        ),
+        (utils.InputError("x.png: [Errno 5] broken"), 1, "tool.py: failed: x.png: [Errno 5] broken"),
         (utils.MainError("the loss is nan"), 1, "tool.py: failed: the loss is nan"),
         (KeyboardInterrupt(), 130, "tool.py: interrupted"),
     ],
@@ -512,9 +528,159 @@ def test_errors_become_one_line_and_an_exit_code(
     assert capsys.readouterr().err.splitlines() == [line]
 
 
-def test_own_mistakes_keep_their_traceback() -> None:
+@pytest.mark.parametrize("kind", [ValueError, TypeError, KeyError, RuntimeError, AssertionError, MemoryError])
+def test_own_mistakes_keep_their_traceback(kind: type[Exception]) -> None:
     def main() -> None:
-        raise KeyError("bug")
+        raise kind("bug")
 
-    with pytest.raises(KeyError):
+    with pytest.raises(kind):
         utils.run_command(main)
+
+
+def test_libraries_refuse_values_in_one_line() -> None:
+    for error in (KeyError("x"), AssertionError(), ValueError("a\nb"), utils.InputError("mine")):
+        with pytest.raises(utils.InputError) as caught, utils.values_given("--flag 3"):
+            raise error
+        assert (
+            str(caught.value)
+            == {
+                KeyError: "--flag 3: no 'x'",
+                AssertionError: "--flag 3: AssertionError",
+                ValueError: "--flag 3: a b",
+                utils.InputError: "mine",
+            }[type(error)]
+        )
+    with pytest.raises(ZeroDivisionError), utils.values_given("--flag 3"):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_interruptions_are_caught_unless_they_are_ignored(handler: object) -> None:
+    seen = []
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        utils.run_command(lambda: seen.append(signal.getsignal(signal.SIGINT)))
+        assert seen == [signal.getsignal(signal.SIGINT)] == [handler]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("device", "text"),
+    [
+        ("mps", "no MPS device is visible; use --device cpu"),
+        ("xpu", "no XPU device is visible; use --device cpu"),
+        ("cpu:1", "there are 1"),
+        ("meta", "take cpu"),
+        ("hpu", "take cpu"),
+        ("graphics", "Expected one of cpu"),
+    ],
+)
+@pytest.mark.skipif(torch.mps.device_count() + torch.xpu.device_count() > 0, reason="there is such a device")
+def test_a_device_that_is_not_there_is_refused(device: str, text: str) -> None:
+    with pytest.raises(utils.InputError, match=rf"--device {device}: .*{text}"):
+        utils.start(device)
+
+
+def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    utils.check_device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(utils.InputError, match="there are 2"):
+        utils.check_device("cuda")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_numpy_does_not_take_is_refused(seed: int) -> None:
+    with pytest.raises(utils.InputError, match=f"--seed is {seed}"):
+        utils.start("cpu", seed)
+
+
+# Commands in processes of their own
+
+INTERRUPTED = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == os.environ["INTERRUPT_AT"]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+"""
+COMMANDS = ["main_deit.py", "dynamic_inference.py", "visualize.py"]
+SCRIPTS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "scripts").glob("[a-z]*.py"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*COMMANDS, *SCRIPTS])
+def test_ctrl_c_during_the_imports_is_one_line(name: str, tmp_path: Path) -> None:
+    """The first import that takes long is torch's, or numpy's; sitecustomize is imported before any other."""
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
+    at = "numpy" if name.endswith("make_digits.py") else "torch"
+    ended = run(name, "--help", PYTHONPATH=str(tmp_path), INTERRUPT_AT=at)
+    assert (ended.returncode, ended.stdout) == (130, "")
+    assert ended.stderr == f"{Path(name).name}: interrupted\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", ["argparse", "timm.data", "models", "inference.pictures"])
+def test_ctrl_c_at_any_import_of_a_command_is_one_line(at: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
+    ended = run("main_deit.py", "--help", PYTHONPATH=str(tmp_path), INTERRUPT_AT=at)
+    assert (ended.returncode, ended.stderr) == (130, "main_deit.py: interrupted\n")
+
+
+def test_importing_a_command_leaves_interruptions_alone() -> None:
+    code = (
+        "import signal, sys; sys.path.insert(0, 'scripts'); import _root, visualize;"
+        " print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    )
+    assert run("-c", code).stdout == "True\n"
+
+
+# A command that prints many lines, and one that prints few, which Python keeps until its end.
+PRINTS = (
+    "import sys, utils; sys.argv = ['tool.py']; utils.run_command(lambda: print('line\\n' * {lines}, end=''))"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("lines", [2, 100_000])
+def test_a_reader_that_has_gone_ends_a_command_quietly(lines: int, unbuffered: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PRINTS.format(lines=lines)]
+    shell = f"{shlex.join(command)} 2> {tmp_path / 'err'} | true; echo ${{PIPESTATUS[0]}}"
+    # `true` has ended long before torch is imported.
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    ended = subprocess.run(["bash", "-c", shell], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (ended.stdout, (tmp_path / "err").read_text()) == ("141\n", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("lines", [2, 100_000])
+def test_a_full_disk_is_a_failure_of_one_line(lines: int) -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", PRINTS.format(lines=lines)],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert ended.returncode == 1
+    assert ended.stderr == "tool.py: failed: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("main", "redirect", "code"),
+    [("lambda: print('x')", ">&-", 0), ("lambda: open('missing')", "2> /dev/full", 2)],
+)
+def test_exit_codes_hold_where_nothing_can_be_written(main: str, redirect: str, code: int) -> None:
+    text = f"import sys, utils; sys.argv = ['tool.py']; utils.run_command({main})"
+    shell = f"{shlex.join([sys.executable, '-c', text])} {redirect}"
+    ended = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (code, "")

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from models import AdaptiveViT, Knob, Picture, StageOutput
-from models.flags import Flag
 from models.lf_vit import LFViT
 from models.registry import register
 from models.selection import take, top_patches
-from models.vit import NANO
+from models.vit import NANO, Flag
 
 AFTER = 1  # the block after which patches are dropped
 
