@@ -68,7 +68,7 @@ def fits(value: Any, kind: Any) -> bool:
         kinds = inner * len(value) if base is list else inner
         lengths = {len(item) for item in value if isinstance(item, (list, tuple))}
         return len(value) == len(kinds) > 0 and all(map(fits, value, kinds)) and len(lengths) <= 1
-    if base is dict:
+    if base is dict and inner:
         return isinstance(value, dict) and all(
             fits(key, inner[0]) and fits(item, inner[1]) for key, item in value.items()
         )

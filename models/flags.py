@@ -108,18 +108,24 @@ def key_values(flag: str, pairs: list[str]) -> dict[str, Any]:
     `models.registry.check_types` then refuses a string where the constructor wants something else.
 
     Raises:
-        InputError: an argument is of another form.
+        InputError: an argument is of another form, or there twice.
     """
     arguments = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
             raise InputError(f"{flag} takes KEY=VALUE, not {pair!r}")
-        arguments[key] = text
-        for read in (json.loads, ast.literal_eval):
-            try:
-                arguments[key] = read(text)
-                break
-            except (ValueError, SyntaxError):
-                continue
+        if key in arguments:
+            raise InputError(f"{flag} has {key} twice")
+        arguments[key] = read_value(text)
     return arguments
+
+
+def read_value(text: str) -> Any:
+    """Return a value that is spelt as in JSON or Python, and any other text as it is."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError):
+            continue
+    return text

@@ -1,5 +1,6 @@
 """Models by name, and the weights of files in them."""
 
+import argparse
 import logging
 import re
 from collections.abc import Callable, Collection
@@ -10,6 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from models.flags import read_value
 from models.registry import registered
 from models.vit import Adaptive, StageOutput
 from utils import InputError
@@ -166,6 +168,9 @@ def published_kwargs(name: str | None, checkpoint: dict[str, Any], source: str) 
     """Return the constructor arguments that a published file tells by its command line or by its name.
 
     The file's name wins: it tells what was trained.
+
+    Raises:
+        InputError: the command line holds what a flag does not take.
     """
     if name not in registered:
         return {}
@@ -174,8 +179,13 @@ def published_kwargs(name: str | None, checkpoint: dict[str, Any], source: str) 
     flags = [flag for flag in registered[name][0].flags if not flag.training]
     for flag in flags:
         for word in flag.words:
-            if (value := stored.get(word)) is not None:
-                kwargs[flag.target] = flag.type(value) if isinstance(value, str) else value
+            if (value := stored.get(word)) is None:
+                continue
+            try:
+                read = read_value if flag.type is bool else flag.type  # bool("False") is true
+                kwargs[flag.target] = read(value) if isinstance(value, str) else value
+            except (ValueError, argparse.ArgumentTypeError) as error:
+                raise InputError(f"{source}: its argument {word} is {value!r}") from error
     arguments = {flag.target for flag in flags}
     for reader in file_name_readers:
         from_name = reader(Path(source)).get("model_kwargs", {})
@@ -236,7 +246,7 @@ def model_from_checkpoint(
     else:
         kwargs = published_kwargs(name or saved, checkpoint, source) | kwargs
     heads = [value for key, value in weights.items() if key == "head.weight" or key.endswith(".head.weight")]
-    if heads:
+    if heads and heads[0].ndim:
         kwargs.setdefault("num_classes", len(heads[0]))
     model = create_model(name or saved, kwargs)
     load_weights(model, weights, source)

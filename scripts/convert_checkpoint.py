@@ -4,6 +4,7 @@
     python scripts/convert_checkpoint.py small-10-75.pth avit.safetensors --model avit_deit_small
     python scripts/convert_checkpoint.py output/lf_7x7/checkpoint.pth lf.safetensors --use-ema
 
+Of weights and averaged weights it takes those that the best epoch was chosen by, unless told, and says which.
 Takes the layouts of LF-ViT, CF-ViT, EViT, A-ViT, DVT, DeiT and timm, and safetensors. The weights have to be
 the model's, name for name; to start one model from another's weights, give main_deit.py --finetune.
 """
@@ -18,7 +19,7 @@ from checkpointing.format import Results, load_checkpoint, save_checkpoint
 from inference.session import open_model
 from models import flags
 from models.cost import exit_gflops
-from models.weights import WEIGHTS
+from models.weights import WEIGHTS, chosen_weights
 from utils import InputError, log
 
 
@@ -61,8 +62,9 @@ def main() -> None:
     trained = open_model(load_checkpoint(args.input), args.input, args.model, kwargs, args.use_ema, config)
     count = trained.model.num_classes
     names = class_names(args.classes, count) if args.classes else trained.class_names
-    # What a published file says of itself stays, but its GFLOPs are those that this code runs.
-    results = Results.of(trained.checkpoint)
+    # What a published file says of the weights that are its own stays; its GFLOPs are those that this code runs.
+    _, own = chosen_weights(trained.checkpoint, args.input)
+    results = Results.of(trained.checkpoint if trained.weights == own else {})
     results.flops = exit_gflops(trained.model)
     keys = {"model": trained.model.state_dict(), "model_name": trained.name, "model_kwargs": trained.kwargs}
     keys |= {"data_config": trained.config} | ({"class_names": names} if names else {}) | results.known()
