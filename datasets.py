@@ -22,11 +22,12 @@ from loading.files import HIDDEN, IMAGE_ENDINGS, describe, list_folders, list_im
 from loading.hugging_face import HuggingFace
 from loading.images import load_image
 from loading.token_labels import label_path, load_label
-from utils import NON_NEGATIVE_INT, InputError, log, values_given
+from utils import NON_NEGATIVE_INT, InputError, Number, log, values_given
 
 DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "CIFAR100", "INAT", "INAT19")
 INAT_CATEGORIES = ("name", "kingdom", "phylum", "class", "order", "supercategory", "family", "genus")
 
+RESIZE = ("bilinear", "bicubic", "lanczos", "nearest")
 # Preparation of model input, unless a checkpoint or the command line says otherwise.
 DATA_CONFIG = dict(
     mean=list(IMAGENET_DEFAULT_MEAN), std=list(IMAGENET_DEFAULT_STD), crop_pct=0.875, interpolation="bicubic"
@@ -386,6 +387,14 @@ def data_config(recipe: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str,
     return DATA_CONFIG | own | (checkpoint.get("data_config") or {})
 
 
+def describe_config(config: dict[str, Any]) -> str:
+    """Return a data config as a log shows it."""
+    texts = {
+        key: " ".join(map(str, value)) if key in ("mean", "std") else value for key, value in config.items()
+    }
+    return ", ".join(f"{key} {text}" for key, text in texts.items())
+
+
 def eval_transform(img_size: int, config: dict[str, Any]) -> Callable:
     """Make timm's transform: shorter side to img_size / crop_pct, centre crop, normalisation."""
     return make_transform(img_size, is_training=False, **config)
@@ -434,6 +443,21 @@ def add_val_labels(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--val-labels", metavar="FILE", help=labels)
     synsets = "meta.mat, or lines 'number class': the classes that the numbers of --val-labels mean"
     parser.add_argument("--val-synsets", metavar="FILE", help=synsets)
+
+
+def add_config_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add the flags of a data config, see DATA_CONFIG; not given, they are None."""
+    add, whose = parser.add_argument, "default: the checkpoint's, else the model's"
+    share = "share of an evaluation image that is kept"
+    add("--crop-pct", type=Number(float, 0.01, 1), help=f"{share}; {whose}, else 0.875")
+    add("--interpolation", choices=RESIZE, help=f"of the evaluation images; {whose}, else bicubic")
+    add("--mean", type=float, nargs=3, help=f"of the channels; {whose}, else ImageNet's")
+    add("--std", type=Number(float, 1e-6), nargs=3, help=f"of the channels; {whose}, else ImageNet's")
+
+
+def given_config(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a data config was given on a command line with `add_config_arguments`."""
+    return {key: values[key] for key in DATA_CONFIG if values[key] is not None}
 
 
 def add_bad_images(parser: argparse._ActionsContainer) -> None:

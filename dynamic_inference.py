@@ -49,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     knobs = dict.fromkeys(name for cls in registry.classes() for name in cls.knobs)
     add("--checkpoint_path", "--resume", metavar="FILE", required=True)
     flags.add_use_ema(parser)
+    datasets.add_config_arguments(parser)
     add(
         "--eval-mode",
         type=int,
@@ -165,7 +166,8 @@ def main() -> None:
     results = ResultFile(Path(args.checkpoint_path), args.results)
     utils.by_main(context, lambda: check_outputs(args, results))
     kwargs = flags.constructor_kwargs(vars(args))
-    trained = open_model(checkpoint, args.checkpoint_path, args.model, kwargs, args.use_ema)
+    config = datasets.given_config(vars(args))
+    trained = open_model(checkpoint, args.checkpoint_path, args.model, kwargs, args.use_ema, config)
     written = args.results or args.output
     bad_list = written.with_name("bad_images.txt") if written else None
     loading = Loading(args.batch_size, args.num_workers, args.max_bad_images, bad_list, args.device_normalize)

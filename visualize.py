@@ -51,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     flags.add_model_flags(parser)
     add("--resume", "--checkpoint_path", metavar="FILE", required=True, help="checkpoint")
     flags.add_use_ema(parser)
+    datasets.add_config_arguments(parser)
     add("--output_dir", default="test_img", metavar="DIR", help="where pictures go")
     add("--data-path", "--data_url", metavar="DIR", help="data folder")
     datasets.add_data_arguments(parser)
@@ -136,7 +137,8 @@ def main() -> None:
         return log.info("wrote %s", folder / "curve.png")
     # The model, and which images
     kwargs = flags.constructor_kwargs(vars(args))
-    trained = open_model(checkpoint, args.resume, args.model, kwargs, args.use_ema)
+    config = datasets.given_config(vars(args))
+    trained = open_model(checkpoint, args.resume, args.model, kwargs, args.use_ema, config)
     model, classes = trained.model.to(context.device), trained.class_names
     if args.images:
         dataset = datasets.Files(args.images, trained.transform())

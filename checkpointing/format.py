@@ -4,7 +4,9 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import pathlib
 import random
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -154,6 +156,43 @@ def read_safetensors(path: Path) -> dict[str, Any]:
     return json.loads(header) | {"model": weights} if header else weights
 
 
+class NumpyType:
+    """Stand in for numpy.dtype in a file; the real one takes a state that may point anywhere in memory."""
+
+    def __init__(self, code: str, *_: object):
+        if not re.fullmatch(r"[<>|]?[biufUS]\d+", code):
+            raise TypeError(f"no number or text: numpy type {code}")
+        self.code = code
+
+    def __setstate__(self, state: tuple) -> None:
+        self.__init__(state[1] + self.code.lstrip("<>|"))  # a byte order
+
+    def __reduce__(self) -> tuple:
+        return np.dtype, (self.code,)
+
+
+def numpy_scalar(kind: NumpyType, data: bytes) -> Any:
+    """Return a NumPy number or text of a file as Python's own."""
+    return np.frombuffer(data, kind.code, 1)[0].item()
+
+
+# What a file may call besides tensors and plain values; published files hold their command line.
+HARMLESS = [argparse.Namespace, (NumpyType, "numpy.dtype")]
+HARMLESS += [(numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+for module in ("pathlib", "pathlib._local"):  # the second is Python 3.13's
+    for system in ("Posix", "Windows"):
+        pure = getattr(pathlib, f"Pure{system}Path")
+        HARMLESS += [(pure, f"{module}.{name}") for name in (f"{system}Path", f"Pure{system}Path")]
+
+
+def reason_of(error: Exception) -> str:
+    """Return why torch.load or safetensors did not read a file, in one plain line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split("WeightsUnpickler error: ")[-1].strip()
+    if blocked := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"it holds {blocked[1]}, and only tensors and plain values are read: save its weights alone"
+    return re.split(r"\n|\. ", text)[0][:150] if text else type(error).__name__  # what follows is advice
+
+
 def read_file(path: Path) -> dict[str, Any]:
     """Read a checkpoint file as it is: tensors on the CPU, no code run.
 
@@ -170,30 +209,45 @@ def read_file(path: Path) -> dict[str, Any]:
             with zipfile.ZipFile(path) as parts:
                 if (part := parts.testzip()) is not None:
                     raise InputError(f"the checksum of {part} is wrong")
-        # Published files keep their command line as a Namespace.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a broken file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path} is not a readable checkpoint ({reason[:150]})") from error
+        raise InputError(f"{path} is not a readable checkpoint ({reason_of(error)})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content
 
 
-def chosen_weights(checkpoint: dict[str, Any], use_ema: bool | None = None) -> str:
+# What a checkpoint holds under these keys.
+WEIGHTS = {"model": "raw weights", "model_ema": "averaged weights"}
+
+
+def chosen_weights(
+    checkpoint: dict[str, Any], use_ema: bool | None = None, source: str = "the checkpoint"
+) -> str:
     """Return the key of a checkpoint's weights to use: the ones asked for, else those that were chosen.
 
     Args:
         checkpoint: from `load_checkpoint`; `best_weights` is the key of those that decided what is best, in
             files of earlier versions its arguments tell.
         use_ema: whether the averaged ones are asked for; None where nothing is.
+        source: the file's name, for messages.
+
+    Raises:
+        InputError: the file lacks them.
     """
     if use_ema is None:
         args = checkpoint.get("args") if isinstance(checkpoint.get("args"), dict) else {}
-        earlier = "model_ema" if args.get("eval_ema") and "model_ema" in checkpoint else "model"
-        use_ema = checkpoint.get("best_weights", earlier) == "model_ema"
-    return "model_ema" if use_ema else "model"
+        averaged = "model" not in checkpoint or (args.get("eval_ema") and "model_ema" in checkpoint)
+        key = checkpoint.get("best_weights", "model_ema" if averaged else "model")
+    else:
+        key = "model_ema" if use_ema else "model"
+    if key not in WEIGHTS:
+        raise InputError(f"{source}: best_weights is {key!r}, not one of {', '.join(WEIGHTS)}")
+    if checkpoint.get(key) is None:
+        way = "take the averaged ones, with --use-ema" if key == "model" else "leave --use-ema out"
+        raise InputError(f"{source} holds no {WEIGHTS[key]} ({key}); {way}")
+    return key
 
 
 def digest(weights: dict[str, Tensor]) -> str:
@@ -288,8 +342,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint or a safetensors file without running any code it may hold.
 
     Returns:
-        A dict with at least `model`, a state dict. Other layouts (`state_dict`, `model_state_dict`, a bare
-        state dict) are turned into it, and keys without a value are left out.
+        A dict with at least `model` or `model_ema`, a state dict. Other layouts (`state_dict`,
+        `model_state_dict`, `state_dict_ema`, a bare state dict) are turned into these, and keys without a
+        value are left out.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -300,13 +355,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         content = {"model": content}
     if isinstance(content.get("state_dict_ema"), dict):
         content.setdefault("model_ema", content["state_dict_ema"])
-    for key in ("model", "state_dict", "model_state_dict"):
+    for key in ("model", "state_dict", "model_state_dict", "model_ema"):
         if isinstance(content.get(key), dict):
-            checkpoint = content | {"model": content[key]}
+            checkpoint = content | ({} if key == "model_ema" else {"model": content[key]})
             check(checkpoint, CHECKPOINT, str(path))
             weights = checkpoint.keys() & {"model", "model_ema"}
             return checkpoint | {name: clean_state_dict(checkpoint[name]) for name in weights}
-    raise InputError(f"{path} holds no weights under model, state_dict or model_state_dict")
+    names = "model, state_dict, model_state_dict, model_ema or state_dict_ema"
+    raise InputError(f"{path} holds no weights under {names}")
 
 
 def rng_state() -> dict[str, Any]:

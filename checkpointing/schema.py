@@ -2,9 +2,10 @@
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from torch import Tensor
 
@@ -22,6 +23,7 @@ CHECKPOINT: dict[str, Any] = {
     "model_ema": dict[str, Tensor],
     "model_name": str,
     "model_kwargs": dict[str, object],
+    "best_weights": str,  # which of the weights the best epoch was chosen by
     "class_names": list[str],
     "data_config": {
         "mean": tuple[float, float, float],
@@ -47,9 +49,15 @@ def fits(value: Any, kind: Any) -> bool:
     """Return whether a value is of a type such as dict[str, list[float]].
 
     Numbers are finite and no bool is one; a float may be whole. A list may be a tuple, it is not empty, and
-    the lists in a list have one length.
+    the lists in a list have one length; a Sequence may be empty.
     """
     base, inner = get_origin(kind) or kind, get_args(kind)
+    if base in (UnionType, Union):
+        return any(fits(value, one) for one in inner)
+    if base in (Any, Literal):
+        return base is Any or value in inner
+    if base is Sequence:
+        return isinstance(value, (list, tuple)) and (not value or fits(value, list[inner]))
     if isinstance(kind, Number):
         return fits(value, kind.kind) and kind.low <= value <= kind.high
     if base in (int, float):
@@ -60,7 +68,7 @@ def fits(value: Any, kind: Any) -> bool:
         kinds = inner * len(value) if base is list else inner
         lengths = {len(item) for item in value if isinstance(item, (list, tuple))}
         return len(value) == len(kinds) > 0 and all(map(fits, value, kinds)) and len(lengths) <= 1
-    if base is dict:
+    if base is dict and inner:
         return isinstance(value, dict) and all(
             fits(key, inner[0]) and fits(item, inner[1]) for key, item in value.items()
         )
@@ -77,9 +85,12 @@ def check(values: dict[str, Any], kinds: dict[str, Any], source: str) -> None:
         value, kind = values[name], kinds[name]
         nested, kind = (kind, dict[str, object]) if isinstance(kind, dict) else ({}, kind)
         if not fits(value, kind):
-            what = kind.__name__ if isinstance(kind, type) and not get_args(kind) else kind
-            raise InputError(f"{source}: {name} is {shown(value)}, not {what}")
+            raise InputError(f"{source}: {name} is {shown(value)}, not {kind_name(kind)}")
         check(value, nested, f"{source}: {name}")
+
+
+def kind_name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
 
 
 def shown(value: Any) -> str:

@@ -37,6 +37,7 @@ class TrainedModel(NamedTuple):
     Attributes:
         model: with its weights, on the CPU until it is moved.
         name: registered name.
+        weights: which of the checkpoint's they are, its key `model` or `model_ema`.
         kwargs: constructor arguments.
         config: how images become model input, see `datasets.DATA_CONFIG`.
         class_names: in the model's order; None where the checkpoint lacks them.
@@ -47,6 +48,7 @@ class TrainedModel(NamedTuple):
 
     model: Adaptive
     name: str
+    weights: str
     kwargs: dict[str, Any]
     config: dict[str, Any]
     class_names: list[str] | None
@@ -92,15 +94,19 @@ def open_model(
     name: str | None = None,
     kwargs: dict[str, Any] | None = None,
     use_ema: bool | None = None,
+    config: dict[str, Any] | None = None,
 ) -> TrainedModel:
     """Build the model of a checkpoint with the weights that `chosen_weights` names.
 
-    Other arguments and errors are those of `model_from_checkpoint`.
+    What is given as `config` wins over the checkpoint's own. Other arguments and errors are those of
+    `model_from_checkpoint`.
     """
-    weights = chosen_weights(checkpoint, use_ema)
+    weights = chosen_weights(checkpoint, use_ema, source)
     asked = checkpoint, source, name, kwargs or {}
     model, name, kwargs = model_from_checkpoint(*asked, use_ema=weights == "model_ema")
-    config = datasets.data_config(model.recipe, checkpoint)
+    given, config = config or {}, datasets.data_config(model.recipe, checkpoint) | (config or {})
+    if given:
+        log.info("given for %s: %s", source, datasets.describe_config(given))
     classes, checksum = checkpoint.get("class_names"), digest(checkpoint[weights])
     return TrainedModel(model, name, kwargs, config, classes, checkpoint, weights, checksum)
 

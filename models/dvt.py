@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, resample_patch_embed
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -241,7 +241,7 @@ class Exit(AdaptiveViT):
         state = super().adapt_state_dict(state)
         for name, own in self.state_dict().items():
             value = state.get(name)
-            if "blocks" in name and value is not None and value.shape[-1] == own.shape[-1] - REUSED:
+            if "blocks" in name and value is not None and value.shape == own[..., :-REUSED].shape:
                 state[name] = torch.cat([value, own[..., -REUSED:]], dim=-1)
         return state
 
@@ -261,13 +261,6 @@ class DeiTExit(Exit):
         patch = -(-img_size // sides[exit])
         super().__init__(exit, sides, img_size=sides[exit] * patch, patch_size=patch, **vit)
         self.padding, self.img_size = (self.img_size - img_size) // 2, img_size
-
-    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Kernels of another patch size are resampled (FlexiViT, Beyer et al. 2023, arXiv 2212.08013)."""
-        state, name = super().adapt_state_dict(state), "patch_embed.proj.weight"
-        if name in state:
-            state[name] = resample_patch_embed(state[name], [self.patch_size] * 2)
-        return state
 
 
 class T2TExit(Exit, T2TViT):

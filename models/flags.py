@@ -43,11 +43,8 @@ def add_model_flags(parser: argparse._ActionsContainer, training: bool = False) 
 
 def add_use_ema(parser: argparse._ActionsContainer) -> None:
     """Add --use-ema, see `checkpointing.format.chosen_weights`."""
-    parser.add_argument(
-        "--use-ema",
-        action=argparse.BooleanOptionalAction,
-        help="take the averaged weights of the checkpoint, or not; default: those that decided what was best",
-    )
+    text = "take the averaged weights, or the others; default: those that the best epoch was chosen by"
+    parser.add_argument("--use-ema", action=argparse.BooleanOptionalAction, help=text)
 
 
 def constructor_kwargs(values: dict[str, Any], epochs: float | None = None) -> dict[str, Any]:
@@ -67,19 +64,27 @@ def constructor_kwargs(values: dict[str, Any], epochs: float | None = None) -> d
 def key_values(flag: str, pairs: list[str]) -> dict[str, Any]:
     """Read KEY=VALUE arguments; a value is spelt as in JSON or Python, or else is a string.
 
+    `models.registry.check_types` then refuses a string where the constructor wants something else.
+
     Raises:
-        InputError: an argument is of another form.
+        InputError: an argument is of another form, or there twice.
     """
     arguments = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
             raise InputError(f"{flag} takes KEY=VALUE, not {pair!r}")
-        arguments[key] = text
-        for read in (json.loads, ast.literal_eval):
-            try:
-                arguments[key] = read(text)
-                break
-            except (ValueError, SyntaxError):
-                continue
+        if key in arguments:
+            raise InputError(f"{flag} has {key} twice")
+        arguments[key] = read_value(text)
     return arguments
+
+
+def read_value(text: str) -> Any:
+    """Return a value that is spelt as in JSON or Python, and any other text as it is."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError):
+            continue
+    return text

@@ -4,10 +4,11 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import Any
+from typing import Any, get_type_hints
 
 from timm.models import register_model
 
+from checkpointing.schema import fits, kind_name, shown
 from models.vit import NANO, Adaptive, AdaptiveViT, init_weights
 from utils import InputError
 
@@ -51,6 +52,7 @@ def build(
     accepted = [name for name in arguments(cls) if name not in fixed]
     if unknown := [name for name in kwargs if name not in accepted]:
         raise InputError(f"{cls.__name__} takes no {', '.join(unknown)}, but {', '.join(accepted)}")
+    check_types(cls, kwargs)
     try:
         return init_weights(cls(**(defaults | kwargs | fixed)))
     except TypeError as error:
@@ -79,6 +81,20 @@ def with_reducer(cls: type[AdaptiveViT], name: str) -> type[AdaptiveViT]:
     if cls.run is not AdaptiveViT.run or cls.reduce is not AdaptiveViT.reduce:
         raise InputError(f"{cls.__name__} takes no reducer: it drops or merges tokens itself")
     return type(f"{cls.__name__}With{reducers[name].__name__}", (cls, reducers[name]), {})
+
+
+def check_types(cls: type, kwargs: dict[str, Any]) -> None:
+    """Check the arguments of a constructor, and of those of its bases, against their annotations.
+
+    Raises:
+        InputError: one is of another type, as a text where a bool is wanted.
+    """
+    kinds: dict[str, Any] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        kinds |= get_type_hints(vars(base)["__init__"]) if "__init__" in vars(base) else {}
+    for name, value in kwargs.items():
+        if name in kinds and not fits(value, kinds[name]):
+            raise InputError(f"{cls.__name__}: {name} is {shown(value)}, not {kind_name(kinds[name])}")
 
 
 def register(

@@ -27,6 +27,7 @@ class TwoStageViT(AdaptiveViT):
 
     Args:
         stage_size: g; the full image is 2 * patch_size * g pixels wide.
+        img_size: that very number, if anything; the stage size sets it.
         alpha: share of the candidate patches that are refined, in (0, 1].
         beta: decay of the moving average of the class attention.
         first_attention: first block (0-based) of that average; the early blocks attend to everything.
@@ -65,14 +66,21 @@ class TwoStageViT(AdaptiveViT):
         select_from_epoch: float = 0,
         coarse_only_epochs: float = 0,
         patch_size: int = 16,
+        img_size: int | None = None,
         **vit,
     ):
         if not (isinstance(stage_size, int) and stage_size >= 1):
             raise InputError(f"stage size is {stage_size}: take a grid of at least one patch a side")
         if not 0 < alpha <= 1:
             raise InputError(f"alpha is {alpha}: take a share in (0, 1]")
-        self.stage_size = stage_size  # read by make_pos_embed, which the base constructor calls
-        super().__init__(img_size=2 * patch_size * stage_size, patch_size=patch_size, **vit)
+        self.stage_size, side = stage_size, 2 * patch_size * stage_size
+        if img_size not in (None, side):
+            flags = [flag.spellings[-1] for flag in self.flags if flag.target.endswith("stage_size")]
+            raise InputError(
+                f"img_size is {img_size}, but {' or '.join(flags) or 'stage_size'} sets it:"
+                f" {stage_size} makes {side} pixels, {2 * patch_size} for each"
+            )
+        super().__init__(img_size=side, patch_size=patch_size, **vit)  # calls make_pos_embed
         if self.num_prefix_tokens > 1:
             raise InputError("distilled goes with plain models: two stages have no distillation token")
         self.beta = beta

@@ -6,7 +6,8 @@ Letters: B batch, N tokens (class token first), P = N - 1 patches, C channels, H
 """
 
 import argparse
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,11 +19,12 @@ from timm.layers import (
     PatchEmbed,
     calculate_drop_path_rates,
     resample_abs_pos_embed,
+    resample_patch_embed,
     trunc_normal_,
 )
 from torch import Tensor, nn
 
-from utils import InputError
+from utils import InputError, log
 
 
 class StageOutput(NamedTuple):
@@ -257,7 +259,10 @@ class Adaptive(nn.Module):
         return {}
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Rename and reshape the weights of a timm or DeiT model to this model's, as an initialisation."""
+        """Rename and reshape the weights of a timm or DeiT model to this model's, as an initialisation.
+
+        What has no place in the model keeps its name and shape, so that it can be reported.
+        """
         return state
 
 
@@ -385,23 +390,92 @@ class AdaptiveViT(Adaptive):
         return StageOutput(self.head(self.norm(x[:, 0])), info)
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Resample position embeddings (bicubic) to this model's grids.
+        """Resample position embeddings (bicubic) and kernels of another patch size; fold layer scale.
 
-        A distillation token is dropped, or starts as the class token where only the model has one.
+        A distillation token starts as the class token where only the model has one. The class token's
+        position is zero where the table is of patches alone, as in DeiT III.
         """
-        state = dict(state)
-        shared, theirs = state.pop("pos_embed", None), 2 if "dist_token" in state else 1
-        ours = self.num_prefix_tokens
-        for name, own in self.named_parameters():
+        own = dict(self.named_parameters())
+        state = fold_layer_scale(state, own)
+        shared = state.get("pos_embed")
+        for name in [name for name in own if name.startswith("pos_embed")]:
             table = state.get(name, shared)
-            if name.startswith("pos_embed") and table is not None:
-                side = round((own.shape[1] - ours) ** 0.5)
-                new = resample_abs_pos_embed(table, [side, side], num_prefix_tokens=theirs, antialias=False)
-                prefix = [new[:, min(i, theirs - 1), None] for i in range(ours)]
-                state[name] = torch.cat([*prefix, new[:, theirs:]], dim=1)
-        if ours > theirs:
-            state = {"dist_token": state.get("cls_token"), **state}
-        return {name: value for name, value in state.items() if value is not None}
+            before = None if table is None else count_prefix(table, state)
+            if before is not None:
+                names, prefix = 1 + ("dist_token" in state), self.num_prefix_tokens
+                state[name] = fit_positions(table, (before, names), (own[name].shape[1], prefix))
+                if table is shared and "pos_embed" not in own:
+                    state.pop("pos_embed", None)
+        if self.num_prefix_tokens > 1 and "cls_token" in state:
+            state.setdefault("dist_token", state["cls_token"])
+        name = "patch_embed.proj.weight"
+        kernel, ours = state.get(name), own.get(name)
+        if (
+            ours is not None
+            and kernel is not None
+            and kernel.ndim == 4
+            and kernel.shape[:2] == ours.shape[:2]
+        ):
+            state[name] = resample_patch_embed(kernel, list(ours.shape[2:]))
+        return state
+
+
+# Learned scales of a branch (DeiT III, CaiT), and the layer before each.
+LAYER_SCALES = {
+    "ls1.gamma": "attn.proj",
+    "ls2.gamma": "mlp.fc2",
+    "gamma_1": "attn.proj",
+    "gamma_2": "mlp.fc2",
+}
+
+
+def fold_layer_scale(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    """Return a state dict whose layer scales, where the model has none, are part of the layer before them."""
+    state, folded = dict(state), 0
+    for name in [name for name in state if name not in own]:
+        end = next((end for end in LAYER_SCALES if name.endswith(f".{end}")), None)
+        layer = end and name.removesuffix(end) + LAYER_SCALES[end]
+        scale, weight = state[name], state.get(f"{layer}.weight")
+        if end and weight is not None and weight.ndim == 2 and scale.shape == weight.shape[:1]:
+            state[f"{layer}.weight"] = weight * state.pop(name)[:, None]
+            if f"{layer}.bias" in state:
+                state[f"{layer}.bias"] = state[f"{layer}.bias"] * scale
+            folded += 1
+    if folded:
+        log.info("%d layer scales are multiplied into the layers before them", folded)
+    return state
+
+
+def count_prefix(table: Tensor, state: dict[str, Tensor]) -> int | None:
+    """Return how many entries of a position table [1,n,C] come before those of a square grid of patches.
+
+    No more than there are tokens before the patches; None where no square grid is left.
+    """
+    if table.ndim != 3:
+        return None
+    tokens = [state[name] for name in ("dist_token", "reg_token", "register_tokens") if name in state]
+    most, n = 1 + sum(token.shape[1] for token in tokens if token.ndim == 3), table.shape[1]
+    return next((p for p in range(min(most + 1, n)) if math.isqrt(n - p) ** 2 == n - p), None)
+
+
+def fit_positions(table: Tensor, theirs: tuple[int, int], ours: tuple[int, int]) -> Tensor:
+    """Return a position table [1,n,C] for another square grid and other tokens before the patches.
+
+    Args:
+        table: of the file.
+        theirs: its entries before the patches, and how many of them are of class and distillation token.
+        ours: entries of the model, and those before the patches.
+    """
+    before, known = theirs
+    count, prefix = ours
+    side = math.isqrt(count - prefix)
+    new = resample_abs_pos_embed(table, [side, side], num_prefix_tokens=before, antialias=False)
+    first = new[:, : min(before, known)]
+    if not before:
+        first = torch.zeros_like(new[:, :1])
+        log.info("the position table has no entry for the class token, which starts with none")
+    last = first.shape[1] - 1
+    return torch.cat([*(first[:, min(i, last), None] for i in range(prefix)), new[:, before:]], dim=1)
 
 
 def sincos_table(side: int, frame: int, dim: int) -> Tensor:

@@ -1,7 +1,9 @@
 """Models by name, and the weights of files in them."""
 
+import argparse
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from checkpointing.format import chosen_weights
+from models.flags import read_value
 from models.registry import registered
 from models.vit import Adaptive, StageOutput
 from utils import InputError, values_given
@@ -17,6 +21,8 @@ from utils import InputError, values_given
 log = logging.getLogger("adaptive-vit")
 # From the path of a published file to `model_name` and `model_kwargs`, as far as its name tells them.
 file_name_readers: list[Callable[[Path], dict[str, Any]]] = []
+WRAPPER = re.compile(r"(?:model|backbone|encoder|module|_orig_mod)\.")  # what others put before our names
+LEAST_SHARE = 0.5  # of a model's parameters that weights to start from have to hold
 
 
 def create_model(name: str | None, kwargs: dict[str, Any]) -> Adaptive:
@@ -87,13 +93,34 @@ def baseline_model(
     return model.eval()
 
 
+def unwrapped(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    """Return a state dict without what a wrapper, such as Lightning's, has put before the model's names.
+
+    Args:
+        state: any names.
+        own: names of the model, or of a part of it.
+    """
+    prefixes = {"": 0}
+    for name in state:
+        at = 0
+        while match := WRAPPER.match(name, at):
+            prefixes[name[: (at := match.end())]] = 0
+    for prefix in prefixes:
+        inner = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
+        prefixes[prefix] = len(set(inner) & set(own))
+    prefix = max(prefixes, key=prefixes.__getitem__)
+    outer = {name: value for name, value in state.items() if not name.startswith(prefix)}
+    return outer | {name.removeprefix(prefix): state[name] for name in state if name not in outer}
+
+
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load a state dict strictly.
+    """Load a state dict strictly, but for what a wrapper has put before all names.
 
     Raises:
         InputError: names or shapes differ, as for a checkpoint of another model or stage size.
     """
     own = model.state_dict()
+    state = unwrapped(state, own)
     shapes = [name for name in own if name in state and own[name].shape != state[name].shape]
     if shapes:
         name = shapes[0]
@@ -120,6 +147,9 @@ def published_kwargs(name: str | None, checkpoint: dict[str, Any], source: str) 
     """Return the constructor arguments that a published file tells by its command line or by its name.
 
     The file's name wins: it tells what was trained.
+
+    Raises:
+        InputError: the command line holds what a flag does not take.
     """
     if name not in registered:
         return {}
@@ -128,8 +158,13 @@ def published_kwargs(name: str | None, checkpoint: dict[str, Any], source: str) 
     flags = [flag for flag in registered[name][0].flags if not flag.training]
     for flag in flags:
         for word in flag.words:
-            if (value := stored.get(word)) is not None:
-                kwargs[flag.target] = flag.type(value) if isinstance(value, str) else value
+            if (value := stored.get(word)) is None:
+                continue
+            try:
+                read = read_value if flag.type is bool else flag.type  # bool("False") is true
+                kwargs[flag.target] = read(value) if isinstance(value, str) else value
+            except (ValueError, argparse.ArgumentTypeError) as error:
+                raise InputError(f"{source}: its argument {word} is {value!r}") from error
     arguments = {flag.target for flag in flags}
     for reader in file_name_readers:
         from_name = reader(Path(source)).get("model_kwargs", {})
@@ -137,8 +172,32 @@ def published_kwargs(name: str | None, checkpoint: dict[str, Any], source: str) 
     return kwargs
 
 
+def inherited_kwargs(name: str | None, checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return the constructor arguments that weights to start from bring along for a model, and log them.
+
+    Those of training alone and the number of classes are not of them, and another method takes none.
+    """
+    saved = checkpoint.get("model_name")
+    if "model_kwargs" not in checkpoint:
+        kwargs = published_kwargs(name, checkpoint, source)
+    elif name in registered and saved in registered and registered[name][0] is registered[saved][0]:
+        training = {flag.target for flag in registered[name][0].flags if flag.training} | {"num_classes"}
+        kwargs = {key: value for key, value in checkpoint["model_kwargs"].items() if key not in training}
+    else:
+        log.info("%s is of %s: its arguments are not taken over for %s", source, saved, name)
+        kwargs = {}
+    if kwargs:
+        texts = [f"{key} {value}" for key, value in sorted(kwargs.items())]
+        log.info("from %s, where no flag says otherwise: %s", source, ", ".join(texts))
+    return kwargs
+
+
 def model_from_checkpoint(
-    checkpoint: dict[str, Any], source: str, name: str | None, kwargs: dict[str, Any], use_ema: bool = False
+    checkpoint: dict[str, Any],
+    source: str,
+    name: str | None,
+    kwargs: dict[str, Any],
+    use_ema: bool | None = None,
 ) -> tuple[Adaptive, str, dict[str, Any]]:
     """Build the model that a checkpoint was made with and load its weights.
 
@@ -147,7 +206,7 @@ def model_from_checkpoint(
         source: the file's name, for messages.
         name: --model; needed for foreign files, which do not say.
         kwargs: constructor arguments from the command line; they win over the saved ones.
-        use_ema: take the averaged weights.
+        use_ema: see `chosen_weights`.
 
     Returns:
         The model, its name and its constructor arguments.
@@ -160,15 +219,13 @@ def model_from_checkpoint(
         raise InputError(
             f"{source} is a checkpoint of {saved}, not of {name}; leave --model out or name {saved}"
         )
-    weights = checkpoint.get("model_ema") if use_ema else checkpoint["model"]
-    if weights is None:
-        raise InputError(f"{source} holds no averaged weights (model_ema); leave --use-ema out")
+    weights = checkpoint[chosen_weights(checkpoint, use_ema, source)]
     if "model_kwargs" in checkpoint:
         kwargs = checkpoint["model_kwargs"] | kwargs
     else:
         kwargs = published_kwargs(name or saved, checkpoint, source) | kwargs
     heads = [value for key, value in weights.items() if key == "head.weight" or key.endswith(".head.weight")]
-    if heads:
+    if heads and heads[0].ndim:
         kwargs.setdefault("num_classes", len(heads[0]))
     model = create_model(name or saved, kwargs)
     load_weights(model, weights, source)
@@ -182,13 +239,25 @@ def initialise_from(model: Adaptive, state: dict[str, Tensor], source: str) -> N
     """Start a model from the weights of a timm, DeiT or own checkpoint, and name what was not loaded.
 
     Raises:
-        InputError: no tensor of the file fits.
+        InputError: less than `LEAST_SHARE` of the model's parameters would come from the file, heads for
+            another number of classes left aside.
     """
-    state = model.adapt_state_dict(state)
     own = model.state_dict()
+    parts = {name.split(".", 1)[1] for name in own if "." in name}  # a plain model may start each of several
+    state = model.adapt_state_dict(unwrapped(state, own.keys() | parts))
     fits = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
-    if not fits:
-        raise InputError(f"{source}: none of its {len(state)} tensors fits the model")
+    heads = {
+        name
+        for name in (own.keys() & state.keys()) - fits.keys()
+        if own[name].shape[1:] == state[name].shape[1:] and own[name].shape[:1] == (model.num_classes,)
+    }
+    size = sum(own[name].numel() for name in own if name not in heads)
+    share = sum(value.numel() for value in fits.values()) / max(size, 1)
+    if share < LEAST_SHARE:
+        raise InputError(
+            f"{source} fits {100 * share:.0f} % of the model's parameters, {len(fits)} of {len(own)} tensors:"
+            f" it is of another model or size (at least {100 * LEAST_SHARE:.0f} % are wanted)"
+        )
     model.load_state_dict(fits, strict=False)
     log.info("initialised %d of %d tensors from %s", len(fits), len(own), source)
     for what, names in (("as initialised", own.keys() - fits), ("not used", state.keys() - fits)):

@@ -3,6 +3,7 @@
     python scripts/convert_checkpoint.py PUBLISHED.pth.tar converted.pth --model NAME
     python scripts/convert_checkpoint.py output/run/checkpoint.pth weights.safetensors --use-ema
 
+Of weights and averaged weights it takes those that the best epoch was chosen by, unless told, and says which.
 Takes the layouts that docs/migration.md names, those of DeiT and timm, and safetensors. The weights have to
 be the model's, name for name; to start one model from another's weights, give main_deit.py --finetune.
 """
@@ -11,6 +12,7 @@ import _root as _root
 
 from pathlib import Path
 
+import datasets
 import utils
 from checkpointing.format import Results, load_checkpoint, origin, save_checkpoint
 from inference.budgets import other_origin
@@ -24,6 +26,7 @@ def make_parser() -> utils.Parser:
     parser = utils.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("input", metavar="INPUT", help="the checkpoint to convert")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="a new file, .pth or .safetensors")
+    datasets.add_config_arguments(parser)
     parser.add_argument("--classes", metavar="FILE", help="class names, one a line, in the model's order")
     flags.add_model_flags(parser)
     flags.add_use_ema(parser)
@@ -55,7 +58,8 @@ def main() -> None:
         raise InputError(f"{args.output} is there already: remove it or name another")
     utils.check_writable(args.output, "name another")
     kwargs = flags.constructor_kwargs(vars(args))
-    trained = open_model(load_checkpoint(args.input), args.input, args.model, kwargs, args.use_ema)
+    config = datasets.given_config(vars(args))
+    trained = open_model(load_checkpoint(args.input), args.input, args.model, kwargs, args.use_ema, config)
     count = trained.model.num_classes
     names = class_names(args.classes, count) if args.classes else trained.class_names
     # What a file says of these weights stays, but its GFLOPs are those that this code runs.

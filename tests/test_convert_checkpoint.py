@@ -96,11 +96,34 @@ def test_safetensors_are_taken_and_averaged_weights_if_asked(convert, tmp_path: 
     assert ended.code == 0, ended.err
     checkpoint = load_checkpoint(tmp_path / "ours.pth")
     averaged = {name: value + 1 for name, value in model.state_dict().items()}
-    save_checkpoint(checkpoint | {"model_ema": averaged}, tmp_path / "both.pth")
+    measured = {"anytime_classification": [70.0]}  # with its own weights
+    save_checkpoint(checkpoint | {"model_ema": averaged} | measured, tmp_path / "both.pth")
     ended = convert(tmp_path / "both.pth", tmp_path / "ema.safetensors", "--use-ema")
     assert ended.code == 0, ended.err
+    assert "anytime_classification" not in load_checkpoint(tmp_path / "ema.safetensors")
     found = load_checkpoint(tmp_path / "ema.safetensors")["model"]
     assert all(torch.equal(found[name], value) for name, value in averaged.items())
+    assert "averaged weights, 7 classes" in ended.err
+    # The weights that the best epoch was chosen by are the default, and those of a file that has no others.
+    save_checkpoint(checkpoint | {"model_ema": averaged, "best_weights": "model_ema"}, tmp_path / "best.pth")
+    torch.save({"state_dict_ema": averaged}, tmp_path / "alone.pth")
+    for name, more in (("best", []), ("alone", ["--use-ema", *flags("timm")]), ("best", ["--no-use-ema"])):
+        target = tmp_path / f"{name}{len(more)}.safetensors"
+        ended = convert(tmp_path / f"{name}.pth", target, *more)
+        assert ended.code == 0, ended.err
+        wanted = model.state_dict() if "--no-use-ema" in more else averaged
+        found = load_checkpoint(target)
+        assert all(torch.equal(found["model"][key], value) for key, value in wanted.items())
+        assert "best_weights" not in found  # it holds these alone
+
+
+def test_how_foreign_images_are_prepared_can_be_told(convert, tmp_path: Path) -> None:
+    write("timm", tmp_path / "theirs.pth")
+    more = "--mean 0.5 0.5 0.5 --std 0.5 0.5 0.5 --crop-pct 0.9".split()
+    ended = convert(tmp_path / "theirs.pth", tmp_path / "ours.pth", *flags("timm"), *more)
+    assert ended.code == 0, ended.err
+    config = load_checkpoint(tmp_path / "ours.pth")["data_config"]
+    assert config == dict(mean=[0.5] * 3, std=[0.5] * 3, crop_pct=0.9, interpolation="bicubic")
 
 
 @pytest.mark.parametrize("name, gates", [("small-10-75.pth", (10, 75)), ("tiny-5-8.5.pth", (5, 8.5))])

@@ -519,10 +519,10 @@ def test_fan_in_scales_with_the_width_in_every_exit() -> None:
 
 def test_a_plain_vit_starts_all_three_exits() -> None:
     torch.manual_seed(1)
-    sizes = dict(embed_dim=12, depth=2, num_heads=2, num_classes=3)
+    sizes = dict(embed_dim=48, depth=2, num_heads=2, num_classes=3)
     plain = timm.create_model("deit_small_patch16_224", img_size=28, patch_size=2, **sizes)
     nn.init.normal_(plain.pos_embed)
-    model, state = tiny(), plain.state_dict()
+    model, state = tiny(embed_dim=48), plain.state_dict()
     fresh = {key: value.clone() for key, value in model.state_dict().items()}
     initialise_from(model, state, "plain")
     for prefix in PREFIXES:
@@ -537,8 +537,8 @@ def test_a_plain_vit_starts_all_three_exits() -> None:
                 assert torch.equal(value, state[key]), key
             else:
                 assert key.split(".")[-2] in ("norm2", "fc1")
-                assert torch.equal(value[..., :12], state[key]) and torch.equal(
-                    value[..., 12:], start[key][..., 12:]
+                assert torch.equal(value[..., :48], state[key]) and torch.equal(
+                    value[..., 48:], start[key][..., 48:]
                 )
     # A patch of one colour is embedded alike at every patch size.
     flat = torch.full((1, 3, 28, 28), 0.7)
@@ -547,9 +547,9 @@ def test_a_plain_vit_starts_all_three_exits() -> None:
 
 
 def test_a_t2t_vit_starts_all_three_exits() -> None:
-    sizes = dict(embed_dim=12, depth=2, num_heads=2, img_size=64, token_dim=8)
+    sizes = dict(embed_dim=48, depth=2, num_heads=2, img_size=64, token_dim=8)
     plain = timm.create_model("t2t_vit_12", num_classes=3, **sizes)
-    model, state = tiny("dvt_t2t_vit_12"), plain.state_dict()
+    model, state = tiny("dvt_t2t_vit_12", embed_dim=48), plain.state_dict()
     tables = [model.get_submodule(prefix).pos_embed.clone() for prefix in PREFIXES]
     initialise_from(model, state, "plain")
     for prefix, table in zip(PREFIXES, tables, strict=True):

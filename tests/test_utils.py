@@ -1,6 +1,7 @@
 """Tests of utils.py: files stay whole, foreign checkpoints are read, errors name what is wrong."""
 
 import argparse
+import datetime
 import errno
 import json
 import logging
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 import models  # noqa: F401  (registers the models)
 import utils
 from checkpointing.format import (
+    NumpyType,
     Results,
     add_to_checkpoint,
     load_checkpoint,
@@ -158,6 +160,51 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
     torch.load(tmp_path / "trap.pth", weights_only=False)
     assert (tmp_path / "made").exists()  # the trap works where it is allowed to
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_numbers_of_numpy_and_paths_beside_the_weights_are_read(legacy: bool, tmp_path: Path) -> None:
+    beside = {"f": np.float64(1.5), "i": np.int32(-3), "b": np.bool_(True), "s": np.str_("é"), "p": tmp_path}
+    content = {
+        "model": STATE,
+        "type": np.dtype("f4"),
+        **beside,
+        "args": argparse.Namespace(lr=np.float32(0.5)),
+    }
+    file = tmp_path / "theirs.pth"
+    torch.save(content, file, _use_new_zipfile_serialization=not legacy)
+    read = load_checkpoint(file)
+    assert [read[key] for key in "fibs"] == [1.5, -3, True, "é"] and read["args"].lr == 0.5
+    assert {type(read[key]) for key in "fibs"} == {float, int, bool, str}
+    assert str(read["p"]) == str(tmp_path)
+    add_to_checkpoint(file, {"flops": [1.0]})  # what was read can be written again
+    assert load_checkpoint(file).keys() == content.keys() | {"flops"}
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (np.zeros(3), "numpy._core.multiarray._reconstruct"),
+        (nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
+        (datetime.timedelta(3), "datetime.timedelta"),
+        (np.datetime64("2020-01-01"), "numpy type M8"),
+    ],
+)
+def test_a_blocked_type_is_named_in_one_plain_line(value: object, name: str, tmp_path: Path) -> None:
+    torch.save({"model": STATE, "x": value}, tmp_path / "theirs.pth")
+    with pytest.raises(utils.InputError, match=name.replace(".", r"\.")) as caught:
+        load_checkpoint(tmp_path / "theirs.pth")
+    line = str(caught.value)
+    assert "\x1b" not in line and "\n" not in line and "weights_only" not in line and len(line) < 300
+
+
+@pytest.mark.parametrize("state", [("x", "O", None), (3, "O,f8", None), (3, "<f8,O", None)])
+def test_numpy_types_in_a_file_are_numbers_and_texts_only(state: tuple) -> None:
+    kind = NumpyType("f8", False, True)
+    with pytest.raises(TypeError, match="no number or text"):
+        kind.__setstate__(state)
+    with pytest.raises(TypeError):
+        NumpyType("O8")
 
 
 def test_whole_models_are_refused(tmp_path: Path) -> None:
@@ -384,6 +431,9 @@ def test_model_kwargs_take_json_and_words() -> None:
     assert found == {"alpha": 0.5, "depth": 3, "init": "deit", "mlp_ratio": 2.5, "qkv_bias": False}
     with pytest.raises(ValueError, match="depth"):
         flags.constructor_kwargs(vars(parser.parse_args(["--model-kwargs", "depth"])))
+    assert flags.key_values("-k", ["a=False", "b=true", "c=None"]) == {"a": False, "b": True, "c": None}
+    with pytest.raises(utils.InputError, match="depth twice"):
+        flags.key_values("-k", ["depth=3", "depth=4"])
 
 
 @pytest.mark.parametrize(
