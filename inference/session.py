@@ -37,7 +37,6 @@ class TrainedModel(NamedTuple):
     Attributes:
         model: with its weights, on the CPU until it is moved.
         name: registered name.
-        weights: which of the checkpoint's they are, its key `model` or `model_ema`.
         kwargs: constructor arguments.
         config: how images become model input, see `datasets.DATA_CONFIG`.
         class_names: in the model's order; None where the checkpoint lacks them.
@@ -48,7 +47,6 @@ class TrainedModel(NamedTuple):
 
     model: Adaptive
     name: str
-    weights: str
     kwargs: dict[str, Any]
     config: dict[str, Any]
     class_names: list[str] | None

@@ -13,15 +13,9 @@ from timm.models.vision_transformer import VisionTransformer
 import main_deit
 import models  # noqa: F401  (registers the models)
 import utils
-from checkpointing.format import load_checkpoint, save_checkpoint
+from checkpointing.format import chosen_weights, load_checkpoint, save_checkpoint
 from inference.session import open_model
-from models.weights import (
-    chosen_weights,
-    create_model,
-    inherited_kwargs,
-    initialise_from,
-    model_from_checkpoint,
-)
+from models.weights import create_model, inherited_kwargs, initialise_from, model_from_checkpoint
 
 SIZES = dict(embed_dim=16, depth=2, num_heads=2, patch_size=4, num_classes=5)
 PLAIN = SIZES | dict(img_size=28)  # a grid of 7 x 7
@@ -188,7 +182,7 @@ def test_a_wrapped_plain_model_starts_every_exit() -> None:
         ("model model_ema", "model", True, "model_ema"),
         ("model_ema", None, None, "model_ema"),
         ("model_ema", None, True, "model_ema"),
-        ("model_ema", None, False, "holds no weights .model.; take the averaged ones, with --use-ema"),
+        ("model_ema", None, False, "holds no raw weights .model.; take the averaged ones, with --use-ema"),
         ("model", None, True, "holds no averaged weights .model_ema.; leave --use-ema out"),
         ("model", "model_ema", None, "holds no averaged weights"),
         ("model", "optimizer", None, "best_weights is 'optimizer'"),
@@ -200,9 +194,9 @@ def test_the_weights_that_were_chosen_are_taken(
     checkpoint: dict = {key: {"key": key} for key in keys.split()} | ({"best_weights": best} if best else {})
     if "weights" in taken:
         with pytest.raises(utils.InputError, match=taken):
-            chosen_weights(checkpoint, "file.pth", use_ema)
+            chosen_weights(checkpoint, use_ema, "file.pth")
     else:
-        assert chosen_weights(checkpoint, "file.pth", use_ema) == ({"key": taken}, taken)
+        assert chosen_weights(checkpoint, use_ema, "file.pth") == taken
 
 
 @pytest.mark.parametrize("key", ["model_ema", "state_dict_ema"])
@@ -214,7 +208,7 @@ def test_a_file_of_averaged_weights_alone_is_opened_and_started_from(key: str, t
     assert torch.equal(trained.model.head.weight, state["head.weight"])
     argv = ["--model", "deit_nano", "--finetune", str(tmp_path / "ema.pth"), "--data-path", "unused"]
     args, checkpoint = main_deit.parse(argv)
-    model, *_ = main_deit.build_model(checkpoint, args.finetune, args.model, PLAIN, trains=True)
+    model, *_ = main_deit.build_model(checkpoint, args.finetune, args.model, PLAIN)
     assert torch.equal(model.head.weight, state["head.weight"])
 
 
@@ -245,9 +239,9 @@ def test_training_records_which_weights_its_best_epoch_was_chosen_by(
         assert torch.equal(value, checkpoint[key][name])
     # The other commands take and name them, training goes on with those that it trains.
     ended = command("dynamic_inference", "--checkpoint_path", tmp_path / "model_best.pth", "--images", folder)
-    assert ended.code == 0 and f"({key}) of" in ended.err
-    for trains, wanted in ((True, "model"), (False, key)):
-        model, *_ = main_deit.build_model(checkpoint, "best.pth", None, {}, trains)
+    assert ended.code == 0 and f"weights ({key})" in ended.err
+    for use_ema, wanted in ((False, "model"), (None, key)):
+        model, *_ = main_deit.build_model(checkpoint, "best.pth", None, {}, use_ema)
         assert torch.equal(model.head.weight, checkpoint[wanted]["head.weight"])
 
 
@@ -273,7 +267,7 @@ def test_starting_from_an_own_checkpoint_takes_over_what_the_model_was(
     assert (args.mean, args.std) == (own["data_config"]["mean"], own["data_config"]["std"])
     assert (args.crop_pct, args.interpolation) == (0.8, "bilinear")
     kwargs = main_deit.model_kwargs(args, 9)
-    model, _, kwargs = main_deit.build_model(checkpoint, args.finetune, args.model, kwargs, trains=True)
+    model, _, kwargs = main_deit.build_model(checkpoint, args.finetune, args.model, kwargs)
     assert (model.gate_center, model.gate_scale, model.num_classes) == (12.0, 4.0, 9)
     assert kwargs["gate_center"] == 12.0 and kwargs["embed_dim"] == 16
     assert torch.equal(model.cls_token, own["model"]["cls_token"])
