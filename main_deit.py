@@ -15,7 +15,7 @@ if __name__ == "__main__":  # the imports take seconds
 import argparse
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from logging.handlers import MemoryHandler
@@ -35,7 +35,7 @@ import datasets
 import utils
 from benchmarks.timing import count_gflops, report_speed
 from checkpointing.folder import checkpoint_interval, load_newest, locked, set_damaged_aside
-from checkpointing.format import chosen_weights, load_checkpoint
+from checkpointing.format import WEIGHTS, chosen_weights, load_checkpoint
 from checkpointing.optimizer import make_optimizer, refused_options
 from checkpointing.run import Run, Settings
 from checkpointing.schema import check_arguments, damage_reported
@@ -53,7 +53,6 @@ from models.weights import (
     initialise_from,
     model_from_checkpoint,
     published_name,
-    weights_of,
 )
 from utils import NON_NEGATIVE, NON_NEGATIVE_INT, POSITIVE_INT, SHARE, InputError, log
 
@@ -239,7 +238,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, 
         setattr(args, key, shares[key])
     # Which weights decide, or are measured
     if args.eval or args.demo:
-        args.eval_ema = chosen_weights(checkpoint, given.get("eval_ema")) == "model_ema"
+        args.eval_ema = chosen_weights(checkpoint, given.get("eval_ema"), source) == "model_ema"
     elif not args.model_ema and "eval_ema" not in given:
         args.eval_ema = False  # of a recipe
     check_flags(args)
@@ -459,10 +458,39 @@ def schedule_options(args: argparse.Namespace, batches: int) -> dict[str, Any]:
     )
 
 
+def bad_options(args: argparse.Namespace, folder: Path | None) -> tuple[int, Path | None]:
+    """Return how many images may be unreadable, and the file that lists them."""
+    return args.max_bad_images, folder and folder / "bad_images.txt"
+
+
+def order_options(args: argparse.Namespace, context: utils.Context) -> dict[str, Any]:
+    """Return arguments of train_loader that say which process sees which images."""
+    repeats = 3 if args.repeated_aug else 1
+    return dict(repeats=repeats, seed=args.seed, rank=context.rank, world_size=context.world_size)
+
+
+def device_options(args: argparse.Namespace, device: torch.device, config: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments of DeviceLoader, none where images are normalised as they are loaded."""
+    if not args.device_normalize:
+        return {}
+    erasing = {key: augmentation_options(args)[key] for key in ("re_prob", "re_mode", "re_count")}
+    return dict(device=device, config=config, **erasing)
+
+
 def run_settings(
-    args: argparse.Namespace, folder: Path | None, best_by: str, constant: dict[str, Any]
+    args: argparse.Namespace, folder: Path | None, num_exits: int, model: tuple[str, dict, list[str], dict]
 ) -> Settings:
-    """Return where a run writes, how often, and what is the same in all its checkpoints."""
+    """Return where a run writes, how often, and what is the same in all its checkpoints.
+
+    Args:
+        args: the command line.
+        folder: where it writes.
+        num_exits: of the model.
+        model: its name, constructor arguments, classes and data config.
+    """
+    averaged = args.eval_ema and args.model_ema
+    constant = dict(zip(("model_name", "model_kwargs", "class_names", "data_config"), model, strict=True))
+    constant |= {"best_weights": "model_ema" if averaged else "model", "args": vars(args)}
     return Settings(
         folder=folder,
         epochs=args.epochs + args.cooldown_epochs,
@@ -470,8 +498,8 @@ def run_settings(
         save_freq=args.save_freq,
         keep_last=args.keep_last,
         print_freq=args.print_freq,
-        best_by=best_by,
-        constant=constant | {"args": vars(args)},
+        best_by=score_name(args.eval_metric, averaged, num_exits),
+        constant=constant,
     )
 
 
@@ -487,9 +515,9 @@ def be_deterministic() -> None:
 
 @contextmanager
 def output_folder(
-    folder: Path | None, resume: str | None, context: utils.Context, trains: bool
+    folder: Path | None, resume: str | None, context: utils.Context, trains: bool, earlier: MemoryHandler
 ) -> Iterator[None]:
-    """Log to a folder while the body runs; for training, keep it for this run.
+    """Log to a folder, `earlier` lines first, while the body runs; for training, keep it for this run.
 
     Raises:
         InputError: another run has it, or it is not the same folder for all processes.
@@ -500,6 +528,8 @@ def output_folder(
         elif folder:
             utils.by_main(context, lambda: folder.mkdir(parents=True, exist_ok=True))
         utils.start_logging(context, folder / "train.log" if folder else None)
+        for record in earlier.buffer if folder and context.is_main else ():
+            log.handlers[-1].handle(record)
         if folder and trains:
             if len(set(utils.gather(resume))) > 1:
                 raise InputError(
@@ -515,7 +545,7 @@ def build_model(
     source: str | None,
     name: str | None,
     kwargs: dict[str, Any],
-    use_ema: bool = False,
+    use_ema: bool | None = None,
 ) -> tuple[Adaptive, str, dict[str, Any]]:
     """Build a model with the weights of a checkpoint to resume, or with those to start from, or new ones.
 
@@ -524,20 +554,21 @@ def build_model(
         source: of its weights: the checkpoint's file, or that of --finetune, or None.
         name: of the model; not needed where the checkpoint tells it.
         kwargs: constructor arguments from the command line.
-        use_ema: take the averaged weights of the checkpoint.
+        use_ema: see `checkpointing.format.chosen_weights`.
 
     Returns:
         The model, its name and its constructor arguments.
     """
-    if checkpoint:
-        return model_from_checkpoint(checkpoint, source, name, kwargs, use_ema)
     if not source:
         return create_model(name, kwargs), name, kwargs
-    start = load_checkpoint(source)
+    start = checkpoint or load_checkpoint(source)
+    key = chosen_weights(start, use_ema, source)
+    log.info("%s (%s) of %s", WEIGHTS[key], key, source)
+    if checkpoint:
+        return model_from_checkpoint(checkpoint, source, name, kwargs, key == "model_ema")
     kwargs = inherited_kwargs(name, start, source) | kwargs
     model = create_model(name, kwargs)
-    log.info("starting from the weights under %s of %s", chosen_weights(start), source)
-    initialise_from(model, weights_of(start, source), source)
+    initialise_from(model, start[key], source)
     return model, name, kwargs
 
 
@@ -600,9 +631,11 @@ def draw_demo(model: Adaptive, loader: DataLoader, config: dict[str, Any], folde
     draw_classes(model, loader, config, thresholds, folder or Path("token_act_visualization"), classes)
 
 
-def log_measures(measures: dict[str, float]) -> None:
-    """Log what an evaluation measured, a line each."""
-    for name, value in measures.items():
+def log_measures(model: Adaptive, loader: DataLoader, precision: Precision, key: str, source: str) -> None:
+    """Evaluate weights, which lie in a file under `key`, and log what is measured, a line each."""
+    log.info("evaluating the %s (%s) of %s", WEIGHTS[key], key, source)
+    prefix = "ema_" if key == "model_ema" else "test_"
+    for name, value in evaluate(model, loader, precision, prefix).items():
         log.info("%s %.3f", name, value)
 
 
@@ -682,6 +715,52 @@ def picture_of(model: Adaptive, data: Data) -> torch.Tensor:
     return contact_sheet(draw_all(sheet, model.stage_names, data.classes))
 
 
+def validation_set(
+    source: datasets.DataSource, model: Adaptive, config: dict[str, Any], classes: list[str] | None
+) -> Dataset:
+    """Open the validation images of a model's classes."""
+    transform = datasets.eval_transform(model.img_size, config)
+    valset = datasets.build_dataset(source, "val", transform, classes)
+    datasets.check_classes(valset, model.num_classes)
+    return valset
+
+
+def training_loader(
+    readable: Readable,
+    batch_size: int,
+    order: dict[str, Any],
+    loading: dict[str, Any],
+    device: dict[str, Any],
+) -> DataLoader | DeviceLoader:
+    """Load training images, shuffled; `device` says how bytes become model input there, {} if they do not."""
+    loader = loaders.train_loader(readable, batch_size, **order, **loading)
+    return DeviceLoader(loader, **device) if device else loader
+
+
+def make_update(
+    model: Adaptive,
+    make: Callable[[nn.Module], torch.optim.Optimizer],
+    schedule: dict[str, Any],
+    scaler: torch.amp.GradScaler,
+    ema_decay: float | None,
+    rules: tuple[int, float | None, int],
+) -> Update:
+    """Make an optimizer over a model that is on its device, with its companions.
+
+    Args:
+        model: not wrapped.
+        make: makes the optimizer.
+        schedule: arguments of create_scheduler_v2.
+        scaler: of gradients.
+        ema_decay: of the moving average; None for none.
+        rules: batches per update, largest gradient norm, and updates that may be left out, see `Update`.
+    """
+    optimizer = make(model)
+    scheduler, _ = create_scheduler_v2(optimizer, **schedule)
+    ema = None if ema_decay is None else ModelEmaV3(model, decay=ema_decay)
+    return Update(optimizer, scheduler, scaler, ema, *rules)
+
+
 def main() -> None:
     args, checkpoint = parse()
     if args.deterministic:
@@ -691,23 +770,22 @@ def main() -> None:
     folder = Path(args.output_dir) if args.output_dir else None
     trains = not (args.eval or args.demo or args.only_test_speed)
     # Training images, of the checkpoint's classes if there is one; nothing is written if they are not there.
-    classes = checkpoint.get("class_names")
     source = datasets.DataSource.of(args, args.data_path)
     source = source._replace(download=args.download and context.is_local_main)
+    trainset, classes = None, checkpoint.get("class_names")
     utils.start_logging(context)
     log.addHandler(earlier := MemoryHandler(1000, flushLevel=100, flushOnClose=False))
-    with utils.main_first(context):
-        trainset = datasets.build_dataset(source, "train", classes=classes) if trains else None
-    classes = trainset.classes if trainset else classes
-    with output_folder(folder, args.resume, context, trains):
-        if folder and context.is_main:
-            for record in earlier.buffer:
-                log.handlers[-1].handle(record)
+    if trains:
+        with utils.main_first(context):
+            trainset = datasets.build_dataset(source, "train", classes=classes)
+        classes = trainset.classes
+    with output_folder(folder, args.resume, context, trains, earlier):
         # Model
-        kwargs = model_kwargs(args, len(classes) if trainset and not checkpoint else None)
-        start, averaged = args.resume or args.finetune, args.eval_ema and not trains
-        model, name, kwargs = build_model(checkpoint, start, args.model, kwargs, averaged)
-        if trainset:
+        kwargs = model_kwargs(args, len(classes) if trains and not checkpoint else None)
+        use_ema = args.eval_ema if args.eval or args.demo else False if checkpoint else None
+        start = args.resume or args.finetune
+        model, name, kwargs = build_model(checkpoint, start, args.model, kwargs, use_ema)
+        if trains:
             datasets.check_classes(trainset, model.num_classes)
         if (args.test_speed or args.only_test_speed) and context.is_main:
             report_speed(model, name, precision, args.batch_size, folder)
@@ -717,48 +795,37 @@ def main() -> None:
         # Evaluation
         config = {key: getattr(args, key) for key in datasets.DATA_CONFIG}
         log.info("images: %d pixels, %s", model.img_size, datasets.describe_config(config))
-        transform = datasets.eval_transform(model.img_size, config)
-        valset = datasets.build_dataset(source, "val", transform, classes)
-        datasets.check_classes(valset, model.num_classes)
-        ranks = context.rank, context.world_size
-        limits = args.max_bad_images, folder and folder / "bad_images.txt"
-        shard = loaders.Shard(valset, *(ranks if args.dist_eval and not args.demo else (0, 1)), *limits)
-        loading = loading_options(args, context.device)
-        val_loader = loaders.EvalLoader(shard, int(1.5 * args.batch_size), **loading)
+        loading, limits = loading_options(args, context.device), bad_options(args, folder)
+        shared = (context.rank, context.world_size) if args.dist_eval and not args.demo else (0, 1)
+        valset = validation_set(source, model, config, classes)
+        val_loader = loaders.EvalLoader(
+            loaders.Shard(valset, *shared, *limits), int(1.5 * args.batch_size), **loading
+        )
         if args.demo:
             return draw_demo(model, val_loader, config, folder) if context.is_main else None
         if args.eval:
-            which = "averaged weights (model_ema)" if averaged else "raw weights (model)"
-            log.info("evaluating the %s of %s", which, start)
-            return log_measures(evaluate(model, val_loader, precision, "ema_" if averaged else "test_"))
+            return log_measures(model, val_loader, precision, "model_ema" if use_ema else "model", start)
         # Training data
         trainset.side = 2 * model.img_size if args.fast_decode else 0
         augmentation, labels = augmentation_options(args), args.token_label_data if args.token_label else None
         readable = Readable(augmented(trainset, model.img_size, config, augmentation, labels), *limits)
-        order = dict(repeats=3 if args.repeated_aug else 1, seed=args.seed)
-        order |= dict(rank=ranks[0], world_size=ranks[1])
-        train_loader = loaders.train_loader(readable, args.batch_size, **order, **loading)
-        if args.device_normalize:
-            erasing = {key: augmentation[key] for key in ("re_prob", "re_mode", "re_count")}
-            train_loader = DeviceLoader(train_loader, context.device, config, **erasing)
+        order = order_options(args, context)
+        on_device = device_options(args, context.device, config)
+        train_loader = training_loader(readable, args.batch_size, order, loading, on_device)
         data = Data(train_loader, readable, val_loader, config, list(classes))
         # Optimizer; wrapping gives all processes the weights that the moving average starts from.
-        wrapped, batch_size = in_parallel(model, context, args.compile), train_loader.batch_size
-        objective = make_objective(model, batch_size, args.smoothing, mixing_options(args), bool(labels))
-        make = partial(make_optimizer, **optimizer_options(args, batch_size * context.world_size))
-        optimizer = make(model)
-        scheduler, _ = create_scheduler_v2(optimizer, **schedule_options(args, len(train_loader)))
-        ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
+        wrapped, images = in_parallel(model, context, args.compile), train_loader.batch_size
+        objective = make_objective(model, images, args.smoothing, mixing_options(args), bool(labels))
+        make = partial(make_optimizer, **optimizer_options(args, images * context.world_size))
+        schedule, decay = schedule_options(args, len(train_loader)), args.model_ema_decay
         rules = args.accumulate, args.clip_grad, args.skip_nonfinite
-        update = Update(optimizer, scheduler, precision.scaler(), ema, *rules)
+        update = make_update(
+            model, make, schedule, precision.scaler(), decay if args.model_ema else None, rules
+        )
         # Epochs
         log_scaled(args)
-        constant = dict(model_name=name, model_kwargs=kwargs, class_names=data.classes, data_config=config)
-        averaged = args.eval_ema and args.model_ema
-        constant |= {"best_weights": "model_ema" if averaged else "model"}
-        best_by = score_name(args.eval_metric, averaged, model.num_exits)
-        settings = run_settings(args, folder, best_by, constant)
-        run = Run(settings, context, model, update, batch_size * context.world_size, len(train_loader))
+        settings = run_settings(args, folder, model.num_exits, (name, kwargs, data.classes, config))
+        run = Run(settings, context, model, update, images * context.world_size, len(train_loader))
         if checkpoint:
             with damage_reported(args.resume):
                 run.restore(checkpoint, args.resume, None if args.reset_optimizer else make)

@@ -218,20 +218,36 @@ def read_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def chosen_weights(checkpoint: dict[str, Any], use_ema: bool | None = None) -> str:
+# What a checkpoint holds under these keys.
+WEIGHTS = {"model": "raw weights", "model_ema": "averaged weights"}
+
+
+def chosen_weights(
+    checkpoint: dict[str, Any], use_ema: bool | None = None, source: str = "the checkpoint"
+) -> str:
     """Return the key of a checkpoint's weights to use: the ones asked for, else those that were chosen.
 
     Args:
         checkpoint: from `load_checkpoint`; `best_weights` is the key of those that decided what is best, in
-            files of earlier versions its arguments tell, and a file may hold nothing else.
+            files of earlier versions its arguments tell.
         use_ema: whether the averaged ones are asked for; None where nothing is.
+        source: the file's name, for messages.
+
+    Raises:
+        InputError: the file lacks them.
     """
     if use_ema is None:
         args = checkpoint.get("args") if isinstance(checkpoint.get("args"), dict) else {}
-        averaged = "model_ema" in checkpoint and (args.get("eval_ema") or "model" not in checkpoint)
-        earlier = "model_ema" if averaged else "model"
-        use_ema = checkpoint.get("best_weights", earlier) == "model_ema"
-    return "model_ema" if use_ema else "model"
+        averaged = "model" not in checkpoint or (args.get("eval_ema") and "model_ema" in checkpoint)
+        key = checkpoint.get("best_weights", "model_ema" if averaged else "model")
+    else:
+        key = "model_ema" if use_ema else "model"
+    if key not in WEIGHTS:
+        raise InputError(f"{source}: best_weights is {key!r}, not one of {', '.join(WEIGHTS)}")
+    if checkpoint.get(key) is None:
+        way = "take the averaged ones, with --use-ema" if key == "model" else "leave --use-ema out"
+        raise InputError(f"{source} holds no {WEIGHTS[key]} ({key}); {way}")
+    return key
 
 
 def digest(weights: dict[str, Tensor]) -> str:

@@ -81,8 +81,6 @@ class TrainedModel(NamedTuple):
         """
         saved = self.checkpoint.get("model_kwargs", self.kwargs)
         settings = {name: value for name, value in self.kwargs.items() if saved.get(name) != value}
-        images = datasets.data_config(self.model.recipe, self.checkpoint)
-        settings |= {name: value for name, value in self.config.items() if images.get(name) != value}
         of = {"weights": self.weights, "digest": self.digest, "epoch": self.checkpoint.get("epoch")}
         of |= {"split": split} | {name: as_lists(value) for name, value in settings.items()}
         return {name: value for name, value in of.items() if value is not None}
@@ -98,14 +96,15 @@ def open_model(
 ) -> TrainedModel:
     """Build the model of a checkpoint with the weights that `chosen_weights` names.
 
-    Other arguments and errors are those of `model_from_checkpoint`; what `config` says wins over the
-    checkpoint's data config, and is logged.
+    What is given as `config` wins over the checkpoint's own. Other arguments and errors are those of
+    `model_from_checkpoint`.
     """
-    weights, given = chosen_weights(checkpoint, use_ema), config or {}
-    model, name, kwargs = model_from_checkpoint(checkpoint, source, name, kwargs or {}, use_ema)
-    config = datasets.data_config(model.recipe, checkpoint) | given
+    weights = chosen_weights(checkpoint, use_ema, source)
+    asked = checkpoint, source, name, kwargs or {}
+    model, name, kwargs = model_from_checkpoint(*asked, use_ema=weights == "model_ema")
+    given, config = config or {}, datasets.data_config(model.recipe, checkpoint) | (config or {})
     if given:
-        log.info("images of %s, as given: %s", source, datasets.describe_config(given))
+        log.info("given for %s: %s", source, datasets.describe_config(given))
     classes, checksum = checkpoint.get("class_names"), digest(checkpoint[weights])
     return TrainedModel(model, name, kwargs, config, classes, checkpoint, weights, checksum)
 

@@ -43,11 +43,8 @@ def add_model_flags(parser: argparse._ActionsContainer, training: bool = False) 
 
 def add_use_ema(parser: argparse._ActionsContainer) -> None:
     """Add --use-ema, see `checkpointing.format.chosen_weights`."""
-    parser.add_argument(
-        "--use-ema",
-        action=argparse.BooleanOptionalAction,
-        help="take the averaged weights of the checkpoint, or not; default: those that decided what was best",
-    )
+    text = "take the averaged weights, or the others; default: those that the best epoch was chosen by"
+    parser.add_argument("--use-ema", action=argparse.BooleanOptionalAction, help=text)
 
 
 def constructor_kwargs(values: dict[str, Any], epochs: float | None = None) -> dict[str, Any]:

@@ -73,14 +73,14 @@ class TwoStageViT(AdaptiveViT):
             raise InputError(f"stage size is {stage_size}: take a grid of at least one patch a side")
         if not 0 < alpha <= 1:
             raise InputError(f"alpha is {alpha}: take a share in (0, 1]")
-        self.stage_size, side = stage_size, 2 * patch_size * stage_size  # read by make_pos_embed
+        self.stage_size, side = stage_size, 2 * patch_size * stage_size
         if img_size not in (None, side):
             flags = [flag.spellings[-1] for flag in self.flags if flag.target.endswith("stage_size")]
             raise InputError(
                 f"img_size is {img_size}, but {' or '.join(flags) or 'stage_size'} sets it:"
                 f" {stage_size} makes {side} pixels, {2 * patch_size} for each"
             )
-        super().__init__(img_size=side, patch_size=patch_size, **vit)
+        super().__init__(img_size=side, patch_size=patch_size, **vit)  # calls make_pos_embed
         if self.num_prefix_tokens > 1:
             raise InputError("distilled goes with plain models: two stages have no distillation token")
         self.beta = beta

@@ -113,21 +113,6 @@ def unwrapped(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tenso
     return outer | {name.removeprefix(prefix): state[name] for name in state if name not in outer}
 
 
-def weights_of(checkpoint: dict[str, Any], source: str, use_ema: bool | None = None) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint that `chosen_weights` names.
-
-    Raises:
-        InputError: the file, `source`, lacks them.
-    """
-    key = chosen_weights(checkpoint, use_ema)
-    if checkpoint.get(key) is None:
-        what, way = "averaged", "leave --use-ema out"
-        if key == "model":
-            what, way = "raw", "take the averaged ones, with --use-ema"
-        raise InputError(f"{source} holds no {what} weights ({key}): {way}")
-    return checkpoint[key]
-
-
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Load a state dict strictly, but for what a wrapper has put before all names.
 
@@ -234,7 +219,7 @@ def model_from_checkpoint(
         raise InputError(
             f"{source} is a checkpoint of {saved}, not of {name}; leave --model out or name {saved}"
         )
-    weights = weights_of(checkpoint, source, use_ema)
+    weights = checkpoint[chosen_weights(checkpoint, use_ema, source)]
     if "model_kwargs" in checkpoint:
         kwargs = checkpoint["model_kwargs"] | kwargs
     else:

@@ -3,6 +3,7 @@
     python scripts/convert_checkpoint.py PUBLISHED.pth.tar converted.pth --model NAME
     python scripts/convert_checkpoint.py output/run/checkpoint.pth weights.safetensors --use-ema
 
+Of weights and averaged weights it takes those that the best epoch was chosen by, unless told, and says which.
 Takes the layouts that docs/migration.md names, those of DeiT and timm, and safetensors. The weights have to
 be the model's, name for name; to start one model from another's weights, give main_deit.py --finetune.
 """
@@ -25,10 +26,10 @@ def make_parser() -> utils.Parser:
     parser = utils.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("input", metavar="INPUT", help="the checkpoint to convert")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="a new file, .pth or .safetensors")
+    datasets.add_config_arguments(parser)
     parser.add_argument("--classes", metavar="FILE", help="class names, one a line, in the model's order")
     flags.add_model_flags(parser)
     flags.add_use_ema(parser)
-    datasets.add_config_arguments(parser)
     return parser
 
 

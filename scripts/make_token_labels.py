@@ -29,7 +29,7 @@ from checkpointing.format import chosen_weights, load_checkpoint, load_json, sav
 from loading.loaders import EvalLoader, Shard
 from loading.token_labels import label_path
 from models import AdaptiveViT
-from models.weights import load_weights, model_from_checkpoint, weights_of
+from models.weights import load_weights, model_from_checkpoint
 from utils import NON_NEGATIVE_INT, POSITIVE_INT, InputError
 
 LARGEST_HALF = 2048  # half precision holds whole numbers up to this one
@@ -39,7 +39,7 @@ def load_own(name: str, checkpoint: dict, source: str | None, options: dict) -> 
     """Return a plain model of this project with the weights of a checkpoint, and its data config."""
     if source is None:
         raise InputError(f"{name} has no published weights: give --checkpoint")
-    averaged = chosen_weights(checkpoint) == "model_ema"
+    averaged = chosen_weights(checkpoint, source=source) == "model_ema"
     model, *_ = model_from_checkpoint(checkpoint, source, name, options, averaged)
     if type(model) is not AdaptiveViT:  # the others leave tokens out, or see the image in two resolutions
         raise InputError(f"{name} does not classify every patch: take a plain one such as deit_nano")
@@ -56,7 +56,7 @@ def load_timm(name: str, checkpoint: dict, source: str | None, options: dict) ->
     if source is not None:
         heads = published.classifier if published else None
         head = f"{heads[0] if isinstance(heads, (list, tuple)) else heads}.weight"
-        weights = weights_of(checkpoint, source)
+        weights = checkpoint[chosen_weights(checkpoint, source=source)]
         if head in weights:
             kwargs = kwargs | {"num_classes": len(weights[head])}
     model = timm.create_model(name, pretrained=source is None, **kwargs)

@@ -103,7 +103,7 @@ def test_safetensors_are_taken_and_averaged_weights_if_asked(convert, tmp_path: 
     assert "anytime_classification" not in load_checkpoint(tmp_path / "ema.safetensors")
     found = load_checkpoint(tmp_path / "ema.safetensors")["model"]
     assert all(torch.equal(found[name], value) for name, value in averaged.items())
-    assert "the averaged weights (model_ema), 7 classes" in ended.err
+    assert "averaged weights (model_ema), 7 classes" in ended.err
     # The weights that the best epoch was chosen by are the default, and those of a file that has no others.
     save_checkpoint(checkpoint | {"model_ema": averaged, "best_weights": "model_ema"}, tmp_path / "best.pth")
     torch.save({"state_dict_ema": averaged}, tmp_path / "alone.pth")

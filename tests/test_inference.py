@@ -170,16 +170,16 @@ def test_a_later_save_of_training_holds_no_results(
     ("keys", "flag", "weights"),
     [
         ({}, None, "model"),
-        ({"best_weights": "model_ema"}, None, "model_ema"),
-        ({"best_weights": "model_ema"}, False, "model"),
+        ({"best_weights": "model_ema", "model_ema": {}}, None, "model_ema"),
+        ({"best_weights": "model_ema", "model_ema": {}}, False, "model"),
         ({"best_weights": "model", "args": {"eval_ema": True}}, None, "model"),
         ({"args": {"eval_ema": True}, "model_ema": {}}, None, "model_ema"),
         ({"args": {"eval_ema": True}}, None, "model"),
-        ({}, True, "model_ema"),
+        ({"model_ema": {}}, True, "model_ema"),
     ],
 )
 def test_the_weights_to_use(keys: dict, flag: bool | None, weights: str) -> None:
-    assert chosen_weights(keys, flag) == weights
+    assert chosen_weights({"model": {}} | keys, flag) == weights
 
 
 def test_every_command_takes_the_weights_that_were_chosen(

@@ -23,9 +23,9 @@ TRAINED = [name for name in list_optimizers() if name not in (*REFUSED, *FAST)]
 OPTIONS: dict[str, Any] = dict(lr=1e-3, weight_decay=0.05, momentum=0.9)
 
 
-def tiny() -> nn.Module:
+def tiny(width: int = 32) -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model("deit_nano", depth=1, embed_dim=32, num_heads=2, num_classes=4)
+    return timm.create_model("deit_nano", depth=1, embed_dim=width, num_heads=2, num_classes=4)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
@@ -46,11 +46,12 @@ def saved(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 def check_resumes(name: str) -> None:
     make = partial(make_optimizer, opt=name, **OPTIONS)
-    model = tiny()
+    width = 4 if "kron" in name else 32  # kron takes minutes for wider layers
+    model = tiny(width)
     optimizer = make(model)
     train(model, optimizer, range(7))  # of lookahead, the first six are a round
     checkpoint = saved(model, optimizer)
-    again = tiny()
+    again = tiny(width)
     again.load_state_dict(checkpoint["model"])
     resumed = make(again)
     load_optimizer(resumed, checkpoint["optimizer"], make, "file.pth")

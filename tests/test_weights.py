@@ -13,15 +13,9 @@ from timm.models.vision_transformer import VisionTransformer
 import main_deit
 import models  # noqa: F401  (registers the models)
 import utils
-from checkpointing.format import load_checkpoint, save_checkpoint
+from checkpointing.format import chosen_weights, load_checkpoint, save_checkpoint
 from inference.session import open_model
-from models.weights import (
-    create_model,
-    inherited_kwargs,
-    initialise_from,
-    model_from_checkpoint,
-    weights_of,
-)
+from models.weights import create_model, inherited_kwargs, initialise_from, model_from_checkpoint
 
 SIZES = dict(embed_dim=16, depth=2, num_heads=2, patch_size=4, num_classes=5)
 PLAIN = SIZES | dict(img_size=28)  # a grid of 7 x 7
@@ -188,9 +182,10 @@ def test_a_wrapped_plain_model_starts_every_exit() -> None:
         ("model model_ema", "model", True, "model_ema"),
         ("model_ema", None, None, "model_ema"),
         ("model_ema", None, True, "model_ema"),
-        ("model_ema", None, False, "holds no raw weights .model.: take the averaged ones, with --use-ema"),
-        ("model", None, True, "holds no averaged weights .model_ema.: leave --use-ema out"),
+        ("model_ema", None, False, "holds no raw weights .model.; take the averaged ones, with --use-ema"),
+        ("model", None, True, "holds no averaged weights .model_ema.; leave --use-ema out"),
         ("model", "model_ema", None, "holds no averaged weights"),
+        ("model", "optimizer", None, "best_weights is 'optimizer'"),
     ],
 )
 def test_the_weights_that_were_chosen_are_taken(
@@ -199,9 +194,9 @@ def test_the_weights_that_were_chosen_are_taken(
     checkpoint: dict = {key: {"key": key} for key in keys.split()} | ({"best_weights": best} if best else {})
     if "weights" in taken:
         with pytest.raises(utils.InputError, match=taken):
-            weights_of(checkpoint, "file.pth", use_ema)
+            chosen_weights(checkpoint, use_ema, "file.pth")
     else:
-        assert weights_of(checkpoint, "file.pth", use_ema) == {"key": taken}
+        assert chosen_weights(checkpoint, use_ema, "file.pth") == taken
 
 
 @pytest.mark.parametrize("key", ["model_ema", "state_dict_ema"])
@@ -242,13 +237,12 @@ def test_training_records_which_weights_its_best_epoch_was_chosen_by(
     assert trained.weights == key
     for name, value in trained.model.state_dict().items():
         assert torch.equal(value, checkpoint[key][name])
-    # The average is also what --eval measures and what the other commands take.
-    argv = ["--data-path", folder, "--resume", tmp_path / "model_best.pth", "--eval", "--num_workers", 0]
-    ended = command("main_deit", *argv, "--device", "cpu")
-    assert ended.code == 0 and f"weights ({key}) of" in ended.err
-    ended = command("dynamic_inference", "--eval-mode", 0, "--num_workers", 0, *argv[:4], "--device", "cpu")
-    assert ended.code == 0, ended.err
-    assert load_checkpoint(tmp_path / "model_best.pth")["results_of"]["weights"] == key
+    # The other commands take and name them, training goes on with those that it trains.
+    ended = command("dynamic_inference", "--checkpoint_path", tmp_path / "model_best.pth", "--images", folder)
+    assert ended.code == 0 and f"weights ({key})" in ended.err
+    for use_ema, wanted in ((False, "model"), (None, key)):
+        model, *_ = main_deit.build_model(checkpoint, "best.pth", None, {}, use_ema)
+        assert torch.equal(model.head.weight, checkpoint[wanted]["head.weight"])
 
 
 # What else a file brings along
