@@ -389,10 +389,8 @@ def data_config(recipe: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str,
 
 def describe_config(config: dict[str, Any]) -> str:
     """Return a data config as a log shows it."""
-    texts = {
-        key: " ".join(map(str, value)) if key in ("mean", "std") else value for key, value in config.items()
-    }
-    return ", ".join(f"{key} {text}" for key, text in texts.items())
+    values = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in config.items()}
+    return ", ".join(f"{name} {' '.join(map(str, value))}" for name, value in values.items())
 
 
 def eval_transform(img_size: int, config: dict[str, Any]) -> Callable:

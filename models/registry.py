@@ -62,6 +62,20 @@ def build(
         raise
 
 
+def check_types(cls: type, kwargs: dict[str, Any]) -> None:
+    """Check the arguments of a constructor, and of those of its bases, against their annotations.
+
+    Raises:
+        InputError: one is of another type, as a text where a bool is wanted.
+    """
+    kinds: dict[str, Any] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        kinds |= get_type_hints(vars(base)["__init__"]) if "__init__" in vars(base) else {}
+    for name, value in kwargs.items():
+        if name in kinds and not fits(value, kinds[name]):
+            raise InputError(f"{cls.__name__}: {name} is {shown(value)}, not {kind_name(kinds[name])}")
+
+
 def register_reducer(name: str, cls: type[AdaptiveViT]) -> None:
     """Offer a class's `reduce` to other models, as their argument reducer=name."""
     reducers[name] = cls
@@ -81,20 +95,6 @@ def with_reducer(cls: type[AdaptiveViT], name: str) -> type[AdaptiveViT]:
     if cls.run is not AdaptiveViT.run or cls.reduce is not AdaptiveViT.reduce:
         raise InputError(f"{cls.__name__} takes no reducer: it drops or merges tokens itself")
     return type(f"{cls.__name__}With{reducers[name].__name__}", (cls, reducers[name]), {})
-
-
-def check_types(cls: type, kwargs: dict[str, Any]) -> None:
-    """Check the arguments of a constructor, and of those of its bases, against their annotations.
-
-    Raises:
-        InputError: one is of another type, as a text where a bool is wanted.
-    """
-    kinds: dict[str, Any] = {}
-    for base in reversed(cls.__mro__[:-1]):
-        kinds |= get_type_hints(vars(base)["__init__"]) if "__init__" in vars(base) else {}
-    for name, value in kwargs.items():
-        if name in kinds and not fits(value, kinds[name]):
-            raise InputError(f"{cls.__name__}: {name} is {shown(value)}, not {kind_name(kinds[name])}")
 
 
 def register(
