@@ -76,30 +76,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--baseline", metavar="MODEL", help="mode 2: time this model, unexited, on the same images in turn")
     streaming.add_compile(parser)
     add("--sweep", action="store_true", help="mode 1: sweep even if the checkpoint has thresholds")
-    add("--budget", type=NON_NEGATIVE, metavar="GFLOPS", help="solve for the threshold of this mean cost")
-    add(
-        "--solve",
-        choices=SOLVERS,
-        help="solve for the thresholds of 59 budgets and store them (with --budget: joint only, of one): "
-        + "; ".join(f"{name}: {text}" for name, text in SOLVERS.items()),
-    )
+    add_solver_flags(parser)
     add(
         "--vary",
         nargs="+",
         metavar=("NAME", "VALUE"),
         help=f"evaluate at several values of {', '.join(knobs)}, as far as the model has it; store the curve",
-    )
-    add(
-        "--calibration",
-        metavar="SPLIT",
-        help="--budget, --solve: solve on this split; default: on every other image of --split, and test on"
-        " the rest",
-    )
-    add(
-        "--calibration-images",
-        type=POSITIVE_INT,
-        default=50000,
-        help="at most so many of them, drawn at random",
     )
     add("--boxes", metavar="CSV", help="mode 0: object boxes; reports how much of them the region covers")
     add("--images", metavar="PATH", help="predict on an image or a folder of unlabelled images")
@@ -113,6 +95,30 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", help="default: cuda if there is one, else cpu")
     add("--amp", default="none", choices=("none", "fp16", "bf16"), help="autocast")
     return parser
+
+
+def add_solver_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that solve for thresholds on calibration images."""
+    add = parser.add_argument
+    add("--budget", type=NON_NEGATIVE, metavar="GFLOPS", help="solve for the threshold of this mean cost")
+    add(
+        "--solve",
+        choices=SOLVERS,
+        help="solve for the thresholds of 59 budgets and store them (with --budget: joint only, of one): "
+        + "; ".join(f"{name}: {text}" for name, text in SOLVERS.items()),
+    )
+    add(
+        "--calibration",
+        metavar="SPLIT",
+        help="--budget, --solve: solve on this split; default: on every other image of --split, and test on"
+        " the rest",
+    )
+    add(
+        "--calibration-images",
+        type=POSITIVE_INT,
+        default=50000,
+        help="at most so many of them, drawn at random",
+    )
 
 
 def parse() -> argparse.Namespace:

@@ -5,11 +5,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 requirements=requirements-dev.txt
 . scripts/env.sh
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # one test process per core
 ruff check .
 ruff format --check .
 if [ "${1:-}" = --fast ]; then
     shift
     set -- -m "not slow" "$@"
 fi
-python -m pytest -q "$@"
+python -m pytest -q -n auto --dist loadfile "$@"
