@@ -81,6 +81,8 @@ class TrainedModel(NamedTuple):
         """
         saved = self.checkpoint.get("model_kwargs", self.kwargs)
         settings = {name: value for name, value in self.kwargs.items() if saved.get(name) != value}
+        images = datasets.data_config(self.model.recipe, self.checkpoint)
+        settings |= {name: value for name, value in self.config.items() if images[name] != value}
         of = {"weights": self.weights, "digest": self.digest, "epoch": self.checkpoint.get("epoch")}
         of |= {"split": split} | {name: as_lists(value) for name, value in settings.items()}
         return {name: value for name, value in of.items() if value is not None}

@@ -297,6 +297,15 @@ def test_a_foreign_checkpoint_is_evaluated_as_it_was_trained(
     assert "mean 0.1 0.2 0.3" in ended.err and "mean" not in plain.err
 
 
+def test_results_say_of_which_images_they_are(tmp_path: Path) -> None:
+    own_file(tmp_path / "own.pth")
+    checkpoint = load_checkpoint(tmp_path / "own.pth")
+    plain = open_model(checkpoint, "own.pth", config={"interpolation": "bilinear"})  # as it was trained
+    assert "interpolation" not in plain.results_of("val") and "mean" not in plain.results_of("val")
+    other = open_model(checkpoint, "own.pth", config={"crop_pct": 1.0})
+    assert other.results_of("val") == plain.results_of("val") | {"crop_pct": 1.0}
+
+
 def test_a_standard_deviation_of_zero_is_refused(command: Command, tmp_path: Path) -> None:
     for name, flag in (
         ("dynamic_inference", "--checkpoint_path"),
