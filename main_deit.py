@@ -563,12 +563,13 @@ def build_model(
         return create_model(name, kwargs), name, kwargs
     start = checkpoint or load_checkpoint(source)
     key = chosen_weights(start, use_ema, source)
-    log.info("%s (%s) of %s", WEIGHTS[key], key, source)
     if checkpoint:
-        return model_from_checkpoint(checkpoint, source, name, kwargs, key == "model_ema")
-    kwargs = inherited_kwargs(name, start, source) | kwargs
-    model = create_model(name, kwargs)
-    initialise_from(model, start[key], source)
+        model, name, kwargs = model_from_checkpoint(checkpoint, source, name, kwargs, key == "model_ema")
+    else:
+        kwargs = inherited_kwargs(name, start, source) | kwargs
+        model = create_model(name, kwargs)
+        initialise_from(model, start[key], source)
+    log.info("%s (%s) of %s", WEIGHTS[key], key, source)
     return model, name, kwargs
 
 
