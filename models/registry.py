@@ -27,7 +27,7 @@ def arguments(cls: type) -> list[str]:
         names += [parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD]
         if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
             break
-    return names
+    return list(dict.fromkeys(names))
 
 
 def build(
