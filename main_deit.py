@@ -237,7 +237,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, 
     for key in args.scaled:
         setattr(args, key, shares[key])
     # Which weights decide, or are measured
-    if args.eval or args.demo:
+    if checkpoint and (args.eval or args.demo):
         args.eval_ema = chosen_weights(checkpoint, given.get("eval_ema"), source) == "model_ema"
     elif not args.model_ema and "eval_ema" not in given:
         args.eval_ema = False  # of a recipe
