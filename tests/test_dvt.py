@@ -121,11 +121,11 @@ def test_what_is_reused_equals_the_published_codes(stem: str, monkeypatch: pytes
         found[f"exit{k}.last_block_out"] = out[0]
         return out
 
-    def spy_attend(block, x, bias=None, need=None, alone=False):
+    def spy_attend(block, x, bias=None, need=None, alone=False, *reduced):
         if bias is not None:
             added = block.enlarge.queries(block.enlarge.keys(bias))
             found[f"exit{k}.block{len(part.blocks) - 1}_added_logits"] = added[0]
-        return attend(block, x, bias, need, alone)
+        return attend(block, x, bias, need, alone, *reduced)
 
     monkeypatch.setattr(ReuseBlock, "feed", spy_feed)
     monkeypatch.setattr(ReuseBlock, "attend", spy_attend)
