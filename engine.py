@@ -408,7 +408,7 @@ def predict(
     shard.bad.report(precision.device)
     table = table[shard.bad.read().to(table.device)]
     first, best, best5, loss, cost = table.cpu().unbind(-1)
-    fixed = cost.isnan()
+    fixed = cost.isnan().any(dim=0)  # [E]
     if fixed.any() and not fixed.all():
         cost = cost.where(~fixed, torch.tensor(stage_gflops(model)))
     gflops = None if fixed.all() else cost.cumsum(dim=1)

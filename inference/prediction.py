@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TextIO
 
@@ -89,7 +90,8 @@ def csv_table(output: Path | None) -> Iterator[Callable[[list[list[str]]], None]
     """
     encoding = dict(encoding="utf-8", errors="surrogateescape")
     if output is None:
-        sys.stdout.reconfigure(**encoding)
+        if isinstance(sys.stdout, TextIOWrapper):  # not what a caller may have put in its place
+            sys.stdout.reconfigure(**encoding)
         write_rows([HEADER], sys.stdout)
         yield lambda rows: write_rows(rows, sys.stdout)
         return
