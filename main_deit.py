@@ -142,7 +142,7 @@ def add_optimisation_flags(group: argparse._ArgumentGroup) -> None:
     add("--weight-decay", type=NON_NEGATIVE, default=0.05)
     add("--lr", type=NON_NEGATIVE, default=5e-4, help="at 512 images per update, see --unscale-lr")
     add("--unscale-lr", action=OnOff, default=False, help="use --lr as it is, whatever the batch")
-    steps = "step and multistep: a tenth after each 30 % of --epochs, multistep three times"
+    steps = "step and multistep: a tenth after each 30 %% of --epochs, multistep three times"
     add("--sched", default="cosine", choices=("cosine", "tanh", "step", "multistep", "poly"), help=steps)
     add("--sched-on-updates", action=OnOff, default=True, help="move the learning rate every update")
     add("--min-lr", type=NON_NEGATIVE, default=1e-5)

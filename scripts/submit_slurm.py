@@ -178,15 +178,17 @@ def make_executor(flags: JobFlags, name: str) -> "submitit.Executor":
     if flags.executor == "local":
         executor = submitit.LocalExecutor(flags.job_dir, max_num_timeout=MAX_TIMEOUTS, python=python)
         executor.folder.mkdir(parents=True, exist_ok=True)  # submitit makes its last part only
-        executor.update_parameters(
-            nodes=flags.nodes,
-            tasks_per_node=flags.ngpus,
-            gpus_per_node=flags.ngpus,
-            visible_gpus=visible_gpus(),
-            timeout_min=flags.timeout,
-            signal_delay_s=SIGNAL_DELAY,
-            stderr_to_stdout=True,
-        )
+        gpus = visible_gpus()
+        with utils.values_given("--executor local"):
+            executor.update_parameters(
+                nodes=flags.nodes,
+                tasks_per_node=flags.ngpus,
+                gpus_per_node=flags.ngpus,
+                visible_gpus=gpus,
+                timeout_min=flags.timeout,
+                signal_delay_s=SIGNAL_DELAY,
+                stderr_to_stdout=True,
+            )
         return executor
     if not (shutil.which("sbatch") and shutil.which("srun")):
         raise InputError("there is no Slurm here (no sbatch, srun): try --executor local --nodes 1")

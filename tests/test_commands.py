@@ -939,3 +939,8 @@ def test_error_of_a_loading_process_in_a_shell(bad: Path, tmp_path: Path) -> Non
     ended = run("main_deit.py", *arguments.split(), "--output_dir", tmp_path / "output", "--device", "cpu")
     check_error("main_deit", Ended(ended.returncode, ended.stdout, ended.stderr), "coral/05.png")
     assert not list((tmp_path / "output").glob("*.pth"))
+
+
+@pytest.mark.parametrize("name", ["main_deit", "dynamic_inference", "visualize"])
+def test_help_lists_the_flags(name: str) -> None:
+    assert "--model-kwargs" in __import__(name).make_parser().format_help()
