@@ -795,7 +795,7 @@ def main() -> None:
         model.to(context.device, memory_format=precision.memory_format)
         # Evaluation
         config = {key: getattr(args, key) for key in datasets.DATA_CONFIG}
-        log.info("images: %d pixels, %s", model.img_size, datasets.describe_config(config))
+        images_are = "images: %d pixels, %s", model.img_size, datasets.describe_config(config)
         loading, limits = loading_options(args, context.device), bad_options(args, folder)
         shared = (context.rank, context.world_size) if args.dist_eval and not args.demo else (0, 1)
         valset = validation_set(source, model, config, classes)
@@ -805,6 +805,7 @@ def main() -> None:
         if args.demo:
             return draw_demo(model, val_loader, config, folder) if context.is_main else None
         if args.eval:
+            log.info(*images_are)
             return log_measures(model, val_loader, precision, "model_ema" if use_ema else "model", start)
         # Training data
         trainset.side = 2 * model.img_size if args.fast_decode else 0
@@ -824,6 +825,7 @@ def main() -> None:
             model, make, schedule, precision.scaler(), decay if args.model_ema else None, rules
         )
         # Epochs
+        log.info(*images_are)
         log_scaled(args)
         settings = run_settings(args, folder, model.num_exits, (name, kwargs, data.classes, config))
         run = Run(settings, context, model, update, images * context.world_size, len(train_loader))

@@ -29,7 +29,7 @@ from checkpointing.format import save_checkpoint
 pytestmark = pytest.mark.slow
 
 sys.path.insert(0, str(ROOT / "scripts"))
-CASES = int(os.environ.get("FUZZ_CASES", 20))
+CASES = int(os.environ.get("FUZZ_CASES", 35))
 QUIET = settings(
     max_examples=CASES,
     deadline=None,

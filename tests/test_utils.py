@@ -625,7 +625,7 @@ def test_ctrl_c_during_the_imports_is_one_line(name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", ["argparse", "inference.pictures"])
+@pytest.mark.parametrize("at", ["argparse", "timm.data", "models", "inference.pictures"])
 def test_ctrl_c_at_any_import_of_a_command_is_one_line(at: str, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
     ended = run("main_deit.py", "--help", PYTHONPATH=str(tmp_path), INTERRUPT_AT=at)
@@ -647,7 +647,8 @@ PRINTS = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lines", "unbuffered"), [(2, ""), (100_000, "1")])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("lines", [2, 100_000])
 def test_a_reader_that_has_gone_ends_a_command_quietly(lines: int, unbuffered: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", PRINTS.format(lines=lines)]
     shell = f"{shlex.join(command)} 2> {tmp_path / 'err'} | true; echo ${{PIPESTATUS[0]}}"
