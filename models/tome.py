@@ -74,25 +74,18 @@ class ToMe(AdaptiveViT):
     )
 
     def __init__(self, r: int = 13, falling: bool = False, **vit):
+        if r < 0:
+            raise InputError(f"r is {r}: take a whole number from 0 up")
         super().__init__(**vit)
-        self.falling, self.r = falling, r
-
-    @property
-    def r(self) -> int:
-        return self.merged
-
-    @r.setter
-    def r(self, r: int) -> None:
-        if not isinstance(r, int) or r < 0:
-            raise InputError(f"r is {r!r}: take a whole number from 0 up")
-        self.merged, last = r, max(len(self.blocks) - 1, 1)
-        self.merged_per_block = [2 * r * (last - i) // last if self.falling else r for i in range(last + 1)]
+        self.r, self.falling = r, falling
 
     def key_bias(self, info: dict[str, Tensor]) -> Tensor | None:
         return info["token_size"].log()[:, None, None] if "token_size" in info else None
 
     def reduce(self, x: Tensor, block: Block, i: int, info: dict[str, Tensor]) -> Tensor:
-        r = min(self.merged_per_block[i], (x.shape[1] - self.num_prefix_tokens) // 2)
+        last = max(len(self.blocks) - 1, 1)
+        r = 2 * self.r * (last - i) // last if self.falling else self.r
+        r = min(r, (x.shape[1] - self.num_prefix_tokens) // 2)
         x, keys = block.attend(x, self.key_bias(info), need="keys")
         if r > 0:
             places = match(keys, r, self.num_prefix_tokens)
