@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.scheduler import create_scheduler_v2
@@ -612,12 +613,12 @@ def make_objective(
 
 
 def in_parallel(model: Adaptive, context: utils.Context, compiled: bool) -> nn.Module:
-    """Compile a model where asked to, and wrap it where there are several processes."""
+    """Compile a model where asked to, and wrap it where there is a process group, also one of one."""
     if compiled:
         # Whole numbers that a schedule moves become symbols instead of new compilations.
         torch._dynamo.config.allow_unspec_int_on_nn_module = True
         model.compile()
-    if context.world_size == 1:
+    if not dist.is_initialized():
         return model
     ids = [context.device.index] if context.device.type == "cuda" else None
     return DistributedDataParallel(
@@ -670,7 +671,7 @@ def train_epochs(
 
     Args:
         run: with the model and its optimizer.
-        wrapped: the run's model, wrapped where there are several processes.
+        wrapped: the run's model, wrapped where there is a process group.
         data: what to train and evaluate on.
         objective: what is minimised.
         precision: device and autocast type.
@@ -692,7 +693,7 @@ def train_epochs(
             losses |= {name: getattr(model, name) for name in model.knobs}
             data.readable.bad.report(precision.device)
             # Evaluation; every process has its own running statistics, and their average is evaluated.
-            if run.context.world_size > 1:
+            if dist.is_initialized():
                 for part in update.with_average(model):
                     distribute_bn(part, run.context.world_size, reduce=True)
             measures = evaluate(model, data.val, precision)

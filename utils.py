@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn, TextIO
 import torch
 import torch.distributed as dist
 from timm.utils import random_seed
-from timm.utils.distributed import init_distributed_device_so
+from timm.utils.distributed import world_info_from_env
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -75,20 +75,63 @@ class Context(NamedTuple):
 
 
 def start(device: str | None, seed: int = 0) -> Context:
-    """Join the process group that torchrun describes, if any, and seed every generator with seed + rank.
+    """Join the process group that this process was started for, if any, and seed with seed + rank.
 
     Raises:
-        InputError: there is no such device, or the seed is out of range.
+        InputError: there is no such device, the seed is out of range, or a variable of the group is missing.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    read_srun()
     check_device(device)
     if not 0 <= seed <= 2**31:  # a sum with the rank still fits NumPy's 32 bits
         raise InputError(f"--seed is {seed}: take 0 to {2**31}")
-    place = init_distributed_device_so(device=device)
-    random_seed(seed, place["global_rank"])
-    return Context(
-        torch.device(place["device"]), place["global_rank"], place["world_size"], place["local_rank"]
-    )
+    context = join_group(torch.device(device))
+    random_seed(seed, context.rank)
+    return context
+
+
+OWN_STEPS = 0xFFFFFFF0  # Slurm's steps from this number on are its own: a script of sbatch, a shell of salloc
+
+
+def read_srun() -> None:
+    """Put a task's place into torchrun's variables where srun started several, and nobody else has set them.
+
+    SLURM_NTASKS is no sign of it: everything that runs within a job sees it.
+    """
+    step, tasks = (int(os.environ.get(f"SLURM_STEP_{name}", -1)) for name in ("ID", "NUM_TASKS"))
+    if 0 <= step < OWN_STEPS and tasks > 1 and "WORLD_SIZE" not in os.environ:
+        for name, slurm in (("RANK", "PROCID"), ("LOCAL_RANK", "LOCALID"), ("WORLD_SIZE", "STEP_NUM_TASKS")):
+            os.environ[name] = os.environ[f"SLURM_{slurm}"]
+
+
+def join_group(device: torch.device) -> Context:
+    """Join the process group that torchrun's variables describe, if they are there; it may be of one process.
+
+    timm's function joins none of one process, does not tell NCCL its device, and takes whatever runs within
+    a Slurm job for one of its tasks.
+
+    Args:
+        device: of this process; in a group its number is the local rank.
+
+    Raises:
+        InputError: a variable is missing or wrong.
+    """
+    grouped = "WORLD_SIZE" in os.environ and ("RANK" in os.environ or os.environ["WORLD_SIZE"] != "1")
+    local_rank = world_info_from_env()[0] if grouped else 0
+    if grouped and device.type != "cpu":
+        if device.index is not None:
+            log.warning("each process has a device of its own: --device %s is %s", device, device.type)
+        device = torch.device(device.type, local_rank)
+    bound = device if device.type == "cuda" and device.index is not None else None
+    if bound:
+        torch.cuda.set_device(bound)
+    if not grouped:
+        return Context(device, 0, 1)
+    try:
+        dist.init_process_group(dist.get_default_backend_for_device(device), device_id=bound)
+    except ValueError as error:
+        raise InputError(f"{one_line(error)}; torchrun sets it") from error
+    return Context(device, dist.get_rank(), dist.get_world_size(), local_rank)
 
 
 def check_device(device: str) -> None:
