@@ -5,10 +5,13 @@ import errno
 import logging
 import math
 import os
+import pickle
 import select
 import signal
+import socket
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +23,7 @@ import torch.distributed as dist
 from timm.utils import random_seed
 from timm.utils.distributed import world_info_from_env
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -170,15 +174,69 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 @contextmanager
-def main_first(context: Context) -> Iterator[None]:
-    """Run the body in each machine's first process, then in its others, which find what the first fetched."""
-    if dist.is_initialized() and not context.is_local_main:
-        dist.barrier()
-    try:
+def in_turn(first: bool, who: str) -> Iterator[None]:
+    """Run the body in one process, then in the others, to which an error of the first passes at once.
+
+    They ask the store of the process group for its word, for hours if need be, and without a GPU.
+
+    Args:
+        first: whether this is the one.
+        who: tells turns apart that several processes take at the same time.
+
+    Raises:
+        InputError, OSError, MainError: the first process raised it.
+        MainError: the first process raised something else, or is no longer there.
+    """
+    if not dist.is_initialized():
         yield
-    finally:
-        if dist.is_initialized() and context.is_local_main:
-            dist.barrier()
+        return
+    store = _get_default_store()
+    key = f"{who}, turn {store.add(f'turns of {dist.get_rank()} by {who}', 1)}"  # all count to the same
+    if first:
+        try:
+            yield
+        except BaseException as error:
+            store.set(key, pickle.dumps(for_others(error)))
+            raise
+        store.set(key, pickle.dumps(None))
+        return
+    if error := pickle.loads(wait_for(store, key)):
+        raise error
+    yield
+
+
+def for_others(error: BaseException) -> Exception:
+    """Return what the other processes raise for an error: the same if it is foreseen, else who has failed."""
+    for kind in (InputError, OSError, MainError):
+        if isinstance(error, kind):
+            return kind(str(error))
+    what = f"{type(error).__name__}: {one_line(error)}".rstrip(": ")
+    return MainError(f"process {dist.get_rank()} failed: {what}")
+
+
+def wait_for(store: dist.Store, key: str) -> bytes:
+    """Return a value of a store as soon as it is there.
+
+    Raises:
+        MainError: the store is no longer there.
+    """
+    pause = 0.001  # seconds; `Store.wait` would have a time limit, and keep Ctrl-C and other threads waiting
+    try:
+        while not store.check([key]):
+            time.sleep(pause := min(2 * pause, 0.2))
+        return store.get(key)
+    except dist.DistError as error:
+        raise MainError("the first process is no longer there; its own lines say why") from error
+
+
+@contextmanager
+def main_first(context: Context) -> Iterator[None]:
+    """Run the body in each machine's first process, then in its others, which find what the first fetched.
+
+    Raises: see `in_turn`.
+    """
+    with in_turn(context.is_local_main, f"the first of {socket.gethostname()}"):
+        yield
 
 
 def gather(value: Any) -> list[Any]:
@@ -193,18 +251,10 @@ def gather(value: Any) -> list[Any]:
 def by_main(context: Context, function: Callable[[], Any]) -> Any:
     """Call a function in the main process alone and return its result there, None in the others.
 
-    Raises:
-        InputError, OSError, MainError: the function raised it; all processes then do.
+    Raises: what the function raises, in all processes; see `in_turn` for the others.
     """
-    result = error = None
-    if context.is_main:
-        try:
-            result = function()
-        except (InputError, OSError, MainError) as caught:
-            error = caught
-    if (first := gather(error)[0]) is not None:
-        raise first
-    return result
+    with in_turn(context.is_main, "the main process"):
+        return function() if context.is_main else None
 
 
 # Logging
@@ -308,15 +358,32 @@ def run_command(main: Callable[[], None]) -> None:
 
     Bad input is exit code 2 after a line on stderr, an interruption 130 after a line. A failure of its own is
     1, after a line where it is foreseen, else after its traceback. Where the reader of standard output has
-    gone, the exit code is CLOSED_PIPE, without a word.
+    gone, the exit code is CLOSED_PIPE, without a word. One of several processes that fails waits for none.
     """
-    name = Path(sys.argv[0]).name
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.SIG_IGN:  # as in the background of a shell script
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with loaders_closed(), output_written():
+        with errors_told(Path(sys.argv[0]).name), loaders_closed(), output_written():
             main()
+        leave_group()
+    except BaseException as error:
+        if dist.is_initialized():
+            exit_alone(error)
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def errors_told(name: str) -> Iterator[None]:
+    """Tell of the body's error in a line that begins with a command's name, where the error is foreseen.
+
+    Raises:
+        SystemExit: with the exit code, after the line.
+    """
+    try:
+        yield
     except (InputError, OSError) as error:
         line = one_line(error)
         # By the text: a loading process hands on no more of an error, nor does an InputError that it causes.
@@ -326,17 +393,35 @@ def run_command(main: Callable[[], None]) -> None:
     except MainError as error:
         end(f"{name}: failed: {error}", 1)
     except Stopped as stop:
+        leave_group()  # all processes stop here
         end(f"{name}: {stop}" if int(os.environ.get("RANK", 0)) == 0 else "", STOPPED)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough
         end(f"{name}: interrupted", 130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        signal.signal(signal.SIGINT, before)
 
 
-def one_line(error: Exception) -> str:
+def leave_group() -> None:
+    """Leave the process group, if there is one, when all processes do."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def exit_alone(error: BaseException) -> NoReturn:
+    """End this process because of an error and leave the others as they are.
+
+    They may be waiting for it. To leave the group, or to end as Python does, would be to wait for them, and
+    whoever started the processes would not learn that one has failed.
+    """
+    if not isinstance(error, SystemExit):
+        sys.excepthook(type(error), error, error.__traceback__)
+    logging.shutdown()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(int(error.code or 0) if isinstance(error, SystemExit) else 1)
+
+
+def one_line(error: BaseException) -> str:
     """Return the text of an error as one line.
 
     A data loader's worker hands its exception on as a traceback: the last line says what happened.
