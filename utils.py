@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import pickle
+import platform
 import select
 import signal
 import socket
@@ -78,15 +79,22 @@ class Context(NamedTuple):
         return self.local_rank == 0
 
 
-def start(device: str | None, seed: int = 0) -> Context:
+def start(device: str | None, seed: int = 0, require_cuda: bool = False) -> Context:
     """Join the process group that this process was started for, if any, and seed with seed + rank.
+
+    Args:
+        device: by name; None for CUDA where it can be used, else the CPU.
+        seed: of every generator.
+        require_cuda: refuse any other device.
 
     Raises:
         InputError: there is no such device, the seed is out of range, or a variable of the group is missing.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or ("cuda" if require_cuda or torch.cuda.is_available() else "cpu")
     read_srun()
     check_device(device)
+    if require_cuda and torch.device(device).type != "cuda":
+        raise InputError(f"--require-cuda: --device is {device}")
     if not 0 <= seed <= 2**31:  # a sum with the rank still fits NumPy's 32 bits
         raise InputError(f"--seed is {seed}: take 0 to {2**31}")
     context = join_group(torch.device(device))
@@ -155,7 +163,32 @@ def check_device(device: str) -> None:
     count = getattr(torch, kind).device_count()
     if index >= count:
         there = f"there are {count}" if count else f"no {kind.upper()} device is visible"
+        there += f" ({reason})" if kind == "cuda" and not count and (reason := why_no_cuda()) else ""
         raise InputError(f"--device {device}: {there}; use --device cpu")
+
+
+def why_no_cuda() -> str:
+    """Return torch's reason why CUDA cannot be used, such as a driver that is missing or too old, else ""."""
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:
+        return one_line(error).split(". ")[0]
+    return ""
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU or of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return cpu_name() if device.type == "cpu" else device.type
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # other systems, other architectures
+        return platform.processor() or platform.machine()
 
 
 NO_FLOAT64 = {"mps"}  # types of device
@@ -271,6 +304,16 @@ def start_logging(context: Context, file: Path | None = None) -> None:
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
+
+
+def log_device(context: Context, given: str | None) -> None:
+    """Log on what a command runs, and why that is not CUDA where no device was `given`."""
+    text = f"{context.device.type}, {device_name(context.device)}"
+    if dist.is_initialized():
+        text += f", in a group of {context.world_size} ({dist.get_backend()})"
+    if context.device.type == "cpu" and not given:
+        text += f"; no CUDA: {why_no_cuda() or 'no device is visible'}"
+    log.info("device: %s", text)
 
 
 @contextmanager
@@ -522,6 +565,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; --help lists what there is")
+
+
+def add_device(parser: argparse._ActionsContainer) -> None:
+    """Add the flags that say where a command runs, see `start`."""
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--require-cuda", action="store_true", help="end, instead of running without CUDA")
 
 
 class Number(NamedTuple):

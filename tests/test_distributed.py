@@ -198,6 +198,9 @@ def test_a_group_of_one_trains_like_no_group(
         ended = command("main_deit", *flags.split(), "--num_workers", 0, "--output_dir", tmp_path, *extra)
         assert ended.code == code, ended.err
         assert not dist.is_initialized()
+        device = f" device: cpu, {utils.cpu_name()}, in a group of 1 (gloo)"
+        assert ended.err.splitlines()[0].endswith(device)
+        assert (tmp_path / "train.log").read_text().splitlines()[0].endswith(device)
         assert {"__init__", "all_reduce", "all_gather_object"} <= set(calls)
     assert "distribute_bn" in calls and calls.count("__init__") == 2
     assert (tmp_path / "log.txt").read_text() == (trained / "log.txt").read_text()
