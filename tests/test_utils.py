@@ -613,12 +613,13 @@ def test_every_command_that_takes_a_device_can_require_cuda(name: str, monkeypat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     asked = []
     monkeypatch.setattr(utils, "start", lambda *given, **named: asked.append((*given, *named.values())))
-    needed = {
-        "dynamic_inference": ["--checkpoint_path", "x"],
-        "visualize": ["--resume", "x", "--images", "x"],
-    }
-    needed["main_deit"] = ["--model", "deit_nano", "--data-path", "x"]
-    monkeypatch.setattr(sys, "argv", [name, "--require-cuda", *needed.get(name, [])])
+    argv = dict(
+        main_deit="--model deit_nano --data-path x",
+        dynamic_inference="--checkpoint_path x",
+        visualize="--resume x --images x",
+        benchmark="",
+    )
+    monkeypatch.setattr(sys, "argv", [name, "--require-cuda", *argv[name].split()])
     with pytest.raises(AttributeError, match="'NoneType' object has no attribute"):
         __import__(name).main()
     assert asked[0][-1] is True
