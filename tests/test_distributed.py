@@ -253,3 +253,66 @@ def test_a_group_is_told_its_gpu(torchrun: Callable, monkeypatch: pytest.MonkeyP
     gpu = torch.device("cuda:2")
     assert utils.start("cuda") == (gpu, 9, 12, 2)
     assert calls == [gpu, ("nccl", {"device_id": gpu})]
+
+
+# What processes do together, and how one of them fails
+
+
+@pytest.fixture(scope="module")
+def together(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Any]:
+    """What tests/two_ranks.py writes, and how it ends."""
+    output = tmp_path_factory.mktemp("together")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    ended = run(*torchrun, "tests/two_ranks.py", folder, output)
+    assert (output / "results.json").exists(), ended.stderr
+    return json.loads((output / "results.json").read_text()), ended
+
+
+def test_two_processes_exchange(together: tuple) -> None:
+    results, _ = together
+    assert results["sums"] == [1 + 2, 1 + 10]
+    assert results["gathered"] == [{"rank": 0}, {"rank": 1}]
+    assert results["means"] == [[0.5, 0.5]] * 2
+
+
+def test_the_first_process_is_waited_for_without_a_collective(together: tuple) -> None:
+    """So that no time limit of theirs ends a long download; its errors reach the other one."""
+    turns = together[0]["turns"]
+    assert turns["collectives"] == 0
+    assert turns["fetched"] == [[False], [True]]  # whether it was there when they came
+    assert turns["result"] == [[3], [None]]
+    foreseen = [["InputError", "no y"], ["FileNotFoundError", "[Errno 2] none: 'z'"], ["MainError", "w"]]
+    raised = [["KeyError", "'x'"], *foreseen, ["KeyboardInterrupt", ""]]
+    foreseen[1] = ["OSError", foreseen[1][1]]
+    told = [["MainError", "process 0 failed: KeyError: 'x'"], *foreseen]
+    told += [["MainError", "process 0 failed: KeyboardInterrupt"]]
+    expected = [list(pair) for pair in zip(raised, told, strict=True)]
+    assert turns["by_main"] == turns["main_first"] == expected
+
+
+def test_gradients_are_accumulated_alike_as_views_and_copies(together: tuple) -> None:
+    results, _ = together
+    assert results["views"] == [results["copies"]] * 2
+    torch.testing.assert_close(torch.tensor(results["copies"]), torch.tensor(results["alone"]))
+    assert len({tuple(weights) for weights in results["alone"]}) == 3
+
+
+def test_uneven_shares_are_predicted_once(together: tuple) -> None:
+    predicted = together[0]["predicted"]
+    assert predicted["shared"] == predicted["all"]
+    assert len(predicted["all"][0]) == 5 and predicted["all"][0] == predicted["all"][1]
+
+
+def test_a_signal_to_one_process_stops_both_and_they_go_on(together: tuple) -> None:
+    """To the last bit."""
+    result = together[0]["run"]
+    line = "stopped by SIGTERM at epoch 0, step 2; --resume auto goes on from there"
+    assert result == {"stopped": [["Stopped", line]] * 2, "step": 2, "same": True, "epochs": 1}
+
+
+def test_a_process_that_fails_waits_for_no_other(together: tuple) -> None:
+    """It keeps its traceback; torchrun sees it end, and ends the other one, which would wait for minutes."""
+    ended = together[1]
+    assert ended.returncode == 1
+    assert "KeyError: 'the second process fails'" in ended.stderr and "waiting" not in ended.stderr
+    assert ended.stderr.count("exitcode  : 1 ") == 1
