@@ -92,7 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="JSON file that gets the results instead of the checkpoint",
     )
-    add("--device", help="default: cuda if there is one, else cpu")
+    utils.add_device(parser)
     add("--amp", default="none", choices=("none", "fp16", "bf16"), help="autocast")
     return parser
 
@@ -162,8 +162,9 @@ def check_outputs(args: argparse.Namespace, results: ResultFile) -> None:
 
 def main() -> None:
     args = parse()
-    context = utils.start(args.device)
+    context = utils.start(args.device, require_cuda=args.require_cuda)
     utils.start_logging(context)
+    utils.log_device(context, args.device)
     evaluates = not (args.images or args.solve or args.vary) and args.budget is None  # as --eval-mode says
     if evaluates and args.eval_mode == 3:
         return print_stored(args.checkpoint_path, args.results) if context.is_main else None

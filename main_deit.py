@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.scheduler import create_scheduler_v2
@@ -64,7 +65,7 @@ EPOCHS, WARMUP = 300, 5  # of DeiT's recipe
 # Flags whose values a resumed run does not take from its checkpoint.
 OF_ONE_RUN = {"data", "data_path", "use_lmdb", "output_dir", "resume", "eval", "demo", "device"}
 OF_ONE_RUN |= {"download", "num_workers", "prefetch_factor", "persistent_workers", "test_speed"}
-OF_ONE_RUN |= {"only_test_speed", "reset_optimizer", "val_labels", "val_synsets"}
+OF_ONE_RUN |= {"require_cuda", "only_test_speed", "reset_optimizer", "val_labels", "val_synsets"}
 # Flags that shape the start of a run: a resumed run has their effect in its weights and generators.
 OF_THE_START = ("finetune", "seed")
 # Flags of the optimizer's own options, by their names in timm, and its constructor arguments.
@@ -169,7 +170,7 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
     add("--test_speed", "--test-speed", action="store_true", help="time the model on random images first")
     add("--only_test_speed", "--only-test-speed", action="store_true", help="do that and stop; needs no data")
     add("--dist-eval", action=OnOff, default=True, help="share the evaluation out over the processes")
-    add("--device", help="default: cuda if there is one, else cpu")
+    utils.add_device(group)
     add("--amp", nargs="?", const="fp16", default="auto", choices=AMP, help="auto: fp16 on CUDA")
     old = dict(dest="amp", action="store_const", const="fp16", help="the same as --amp fp16")
     add("--apex-amp", "--native-amp", **old)
@@ -612,16 +613,20 @@ def make_objective(
 
 
 def in_parallel(model: Adaptive, context: utils.Context, compiled: bool) -> nn.Module:
-    """Compile a model where asked to, and wrap it where there are several processes."""
+    """Compile a model where asked to, and wrap it where there is a process group, also one of one."""
     if compiled:
         # Whole numbers that a schedule moves become symbols instead of new compilations.
         torch._dynamo.config.allow_unspec_int_on_nn_module = True
         model.compile()
-    if context.world_size == 1:
+    if not dist.is_initialized():
         return model
     ids = [context.device.index] if context.device.type == "cuda" else None
     return DistributedDataParallel(
-        model, device_ids=ids, find_unused_parameters=model.varying_graph, broadcast_buffers=False
+        model,
+        device_ids=ids,
+        find_unused_parameters=model.varying_graph,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,  # no copy of the gradients
     )
 
 
@@ -670,7 +675,7 @@ def train_epochs(
 
     Args:
         run: with the model and its optimizer.
-        wrapped: the run's model, wrapped where there are several processes.
+        wrapped: the run's model, wrapped where there is a process group.
         data: what to train and evaluate on.
         objective: what is minimised.
         precision: device and autocast type.
@@ -692,7 +697,7 @@ def train_epochs(
             losses |= {name: getattr(model, name) for name in model.knobs}
             data.readable.bad.report(precision.device)
             # Evaluation; every process has its own running statistics, and their average is evaluated.
-            if run.context.world_size > 1:
+            if dist.is_initialized():
                 for part in update.with_average(model):
                     distribute_bn(part, run.context.world_size, reduce=True)
             measures = evaluate(model, data.val, precision)
@@ -766,7 +771,7 @@ def main() -> None:
     args, checkpoint = parse()
     if args.deterministic:
         be_deterministic()
-    context = utils.start(args.device, args.seed)
+    context = utils.start(args.device, args.seed, args.require_cuda)
     precision = Precision.of(context.device, args.amp, args.channels_last)
     folder = Path(args.output_dir) if args.output_dir else None
     trains = not (args.eval or args.demo or args.only_test_speed)
@@ -776,6 +781,7 @@ def main() -> None:
     trainset, classes = None, checkpoint.get("class_names")
     utils.start_logging(context)
     log.addHandler(earlier := MemoryHandler(1000, flushLevel=100, flushOnClose=False))
+    utils.log_device(context, args.device)
     if trains:
         with utils.main_first(context):
             trainset = datasets.build_dataset(source, "train", classes=classes)

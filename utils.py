@@ -5,10 +5,14 @@ import errno
 import logging
 import math
 import os
+import pickle
+import platform
 import select
 import signal
+import socket
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,8 +22,9 @@ from typing import Any, NamedTuple, NoReturn, TextIO
 import torch
 import torch.distributed as dist
 from timm.utils import random_seed
-from timm.utils.distributed import init_distributed_device_so
+from timm.utils.distributed import world_info_from_env
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -74,21 +79,71 @@ class Context(NamedTuple):
         return self.local_rank == 0
 
 
-def start(device: str | None, seed: int = 0) -> Context:
-    """Join the process group that torchrun describes, if any, and seed every generator with seed + rank.
+def start(device: str | None, seed: int = 0, require_cuda: bool = False) -> Context:
+    """Join the process group that this process was started for, if any, and seed with seed + rank.
+
+    Args:
+        device: by name; None for CUDA where it can be used, else the CPU.
+        seed: of every generator.
+        require_cuda: refuse any other device.
 
     Raises:
-        InputError: there is no such device, or the seed is out of range.
+        InputError: there is no such device, the seed is out of range, or a variable of the group is missing.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or ("cuda" if require_cuda or torch.cuda.is_available() else "cpu")
+    read_srun()
     check_device(device)
+    if require_cuda and torch.device(device).type != "cuda":
+        raise InputError(f"--require-cuda: --device is {device}")
     if not 0 <= seed <= 2**31:  # a sum with the rank still fits NumPy's 32 bits
         raise InputError(f"--seed is {seed}: take 0 to {2**31}")
-    place = init_distributed_device_so(device=device)
-    random_seed(seed, place["global_rank"])
-    return Context(
-        torch.device(place["device"]), place["global_rank"], place["world_size"], place["local_rank"]
-    )
+    context = join_group(torch.device(device))
+    random_seed(seed, context.rank)
+    return context
+
+
+OWN_STEPS = 0xFFFFFFF0  # Slurm's steps from this number on are its own: a script of sbatch, a shell of salloc
+
+
+def read_srun() -> None:
+    """Put a task's place into torchrun's variables where srun started several, and nobody else has set them.
+
+    SLURM_NTASKS is no sign of it: everything that runs within a job sees it.
+    """
+    step, tasks = (int(os.environ.get(f"SLURM_STEP_{name}", -1)) for name in ("ID", "NUM_TASKS"))
+    if 0 <= step < OWN_STEPS and tasks > 1 and "WORLD_SIZE" not in os.environ:
+        for name, slurm in (("RANK", "PROCID"), ("LOCAL_RANK", "LOCALID"), ("WORLD_SIZE", "STEP_NUM_TASKS")):
+            os.environ[name] = os.environ[f"SLURM_{slurm}"]
+
+
+def join_group(device: torch.device) -> Context:
+    """Join the process group that torchrun's variables describe, if they are there; it may be of one process.
+
+    timm's function joins none of one process, does not tell NCCL its device, and takes whatever runs within
+    a Slurm job for one of its tasks.
+
+    Args:
+        device: of this process; in a group its number is the local rank.
+
+    Raises:
+        InputError: a variable is missing or wrong.
+    """
+    grouped = "WORLD_SIZE" in os.environ and ("RANK" in os.environ or os.environ["WORLD_SIZE"] != "1")
+    local_rank = world_info_from_env()[0] if grouped else 0
+    if grouped and device.type != "cpu":
+        if device.index is not None:
+            log.warning("each process has a device of its own: --device %s is %s", device, device.type)
+        device = torch.device(device.type, local_rank)
+    bound = device if device.type == "cuda" and device.index is not None else None
+    if bound:
+        torch.cuda.set_device(bound)
+    if not grouped:
+        return Context(device, 0, 1)
+    try:
+        dist.init_process_group(dist.get_default_backend_for_device(device), device_id=bound)
+    except ValueError as error:
+        raise InputError(f"{one_line(error)}; torchrun sets it") from error
+    return Context(device, dist.get_rank(), dist.get_world_size(), local_rank)
 
 
 def check_device(device: str) -> None:
@@ -108,7 +163,32 @@ def check_device(device: str) -> None:
     count = getattr(torch, kind).device_count()
     if index >= count:
         there = f"there are {count}" if count else f"no {kind.upper()} device is visible"
+        there += f" ({reason})" if kind == "cuda" and not count and (reason := why_no_cuda()) else ""
         raise InputError(f"--device {device}: {there}; use --device cpu")
+
+
+def why_no_cuda() -> str:
+    """Return torch's reason why CUDA cannot be used, such as a driver that is missing or too old, else ""."""
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:
+        return one_line(error).split(". ")[0]
+    return ""
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU or of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return cpu_name() if device.type == "cpu" else device.type
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # other systems, other architectures
+        return platform.processor() or platform.machine()
 
 
 NO_FLOAT64 = {"mps"}  # types of device
@@ -127,15 +207,69 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 @contextmanager
-def main_first(context: Context) -> Iterator[None]:
-    """Run the body in each machine's first process, then in its others, which find what the first fetched."""
-    if dist.is_initialized() and not context.is_local_main:
-        dist.barrier()
-    try:
+def in_turn(first: bool, who: str) -> Iterator[None]:
+    """Run the body in one process, then in the others, to which an error of the first passes at once.
+
+    They ask the store of the process group for its word, for hours if need be, and without a GPU.
+
+    Args:
+        first: whether this is the one.
+        who: tells turns apart that several processes take at the same time.
+
+    Raises:
+        InputError, OSError, MainError: the first process raised it.
+        MainError: the first process raised something else, or is no longer there.
+    """
+    if not dist.is_initialized():
         yield
-    finally:
-        if dist.is_initialized() and context.is_local_main:
-            dist.barrier()
+        return
+    store = _get_default_store()
+    key = f"{who}, turn {store.add(f'turns of {dist.get_rank()} by {who}', 1)}"  # all count to the same
+    if first:
+        try:
+            yield
+        except BaseException as error:
+            store.set(key, pickle.dumps(for_others(error)))
+            raise
+        store.set(key, pickle.dumps(None))
+        return
+    if error := pickle.loads(wait_for(store, key)):
+        raise error
+    yield
+
+
+def for_others(error: BaseException) -> Exception:
+    """Return what the other processes raise for an error: the same if it is foreseen, else who has failed."""
+    for kind in (InputError, OSError, MainError):
+        if isinstance(error, kind):
+            return kind(str(error))
+    what = f"{type(error).__name__}: {one_line(error)}".rstrip(": ")
+    return MainError(f"process {dist.get_rank()} failed: {what}")
+
+
+def wait_for(store: dist.Store, key: str) -> bytes:
+    """Return a value of a store as soon as it is there.
+
+    Raises:
+        MainError: the store is no longer there.
+    """
+    pause = 0.001  # seconds; `Store.wait` would have a time limit, and keep Ctrl-C and other threads waiting
+    try:
+        while not store.check([key]):
+            time.sleep(pause := min(2 * pause, 0.2))
+        return store.get(key)
+    except dist.DistError as error:
+        raise MainError("the first process is no longer there; its own lines say why") from error
+
+
+@contextmanager
+def main_first(context: Context) -> Iterator[None]:
+    """Run the body in each machine's first process, then in its others, which find what the first fetched.
+
+    Raises: see `in_turn`.
+    """
+    with in_turn(context.is_local_main, f"the first of {socket.gethostname()}"):
+        yield
 
 
 def gather(value: Any) -> list[Any]:
@@ -150,18 +284,10 @@ def gather(value: Any) -> list[Any]:
 def by_main(context: Context, function: Callable[[], Any]) -> Any:
     """Call a function in the main process alone and return its result there, None in the others.
 
-    Raises:
-        InputError, OSError, MainError: the function raised it; all processes then do.
+    Raises: what the function raises, in all processes; see `in_turn` for the others.
     """
-    result = error = None
-    if context.is_main:
-        try:
-            result = function()
-        except (InputError, OSError, MainError) as caught:
-            error = caught
-    if (first := gather(error)[0]) is not None:
-        raise first
-    return result
+    with in_turn(context.is_main, "the main process"):
+        return function() if context.is_main else None
 
 
 # Logging
@@ -178,6 +304,16 @@ def start_logging(context: Context, file: Path | None = None) -> None:
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
+
+
+def log_device(context: Context, given: str | None) -> None:
+    """Log on what a command runs, and why that is not CUDA where no device was `given`."""
+    text = f"{context.device.type}, {device_name(context.device)}"
+    if dist.is_initialized():
+        text += f", in a group of {context.world_size} ({dist.get_backend()})"
+    if context.device.type == "cpu" and not given:
+        text += f"; no CUDA: {why_no_cuda() or 'no device is visible'}"
+    log.info("device: %s", text)
 
 
 @contextmanager
@@ -265,15 +401,32 @@ def run_command(main: Callable[[], None]) -> None:
 
     Bad input is exit code 2 after a line on stderr, an interruption 130 after a line. A failure of its own is
     1, after a line where it is foreseen, else after its traceback. Where the reader of standard output has
-    gone, the exit code is CLOSED_PIPE, without a word.
+    gone, the exit code is CLOSED_PIPE, without a word. One of several processes that fails waits for none.
     """
-    name = Path(sys.argv[0]).name
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.SIG_IGN:  # as in the background of a shell script
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with loaders_closed(), output_written():
+        with errors_told(Path(sys.argv[0]).name), loaders_closed(), output_written():
             main()
+        leave_group()
+    except BaseException as error:
+        if dist.is_initialized():
+            exit_alone(error)
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def errors_told(name: str) -> Iterator[None]:
+    """Tell of the body's error in a line that begins with a command's name, where the error is foreseen.
+
+    Raises:
+        SystemExit: with the exit code, after the line.
+    """
+    try:
+        yield
     except (InputError, OSError) as error:
         line = one_line(error)
         # By the text: a loading process hands on no more of an error, nor does an InputError that it causes.
@@ -283,17 +436,35 @@ def run_command(main: Callable[[], None]) -> None:
     except MainError as error:
         end(f"{name}: failed: {error}", 1)
     except Stopped as stop:
+        leave_group()  # all processes stop here
         end(f"{name}: {stop}" if int(os.environ.get("RANK", 0)) == 0 else "", STOPPED)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough
         end(f"{name}: interrupted", 130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        signal.signal(signal.SIGINT, before)
 
 
-def one_line(error: Exception) -> str:
+def leave_group() -> None:
+    """Leave the process group, if there is one, when all processes do."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def exit_alone(error: BaseException) -> NoReturn:
+    """End this process because of an error and leave the others as they are.
+
+    They may be waiting for it. To leave the group, or to end as Python does, would be to wait for them, and
+    whoever started the processes would not learn that one has failed.
+    """
+    if not isinstance(error, SystemExit):
+        sys.excepthook(type(error), error, error.__traceback__)
+    logging.shutdown()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(int(error.code or 0) if isinstance(error, SystemExit) else 1)
+
+
+def one_line(error: BaseException) -> str:
     """Return the text of an error as one line.
 
     A data loader's worker hands its exception on as a traceback: the last line says what happened.
@@ -394,6 +565,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; --help lists what there is")
+
+
+def add_device(parser: argparse._ActionsContainer) -> None:
+    """Add the flags that say where a command runs, see `start`."""
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--require-cuda", action="store_true", help="end, instead of running without CUDA")
 
 
 class Number(NamedTuple):

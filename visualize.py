@@ -79,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_threshold_flags(parser)
     add("--columns", type=POSITIVE_INT, default=2, help="of the contact sheet")
     add("--seed", type=NON_NEGATIVE_INT, default=0, help="of the random draw")
-    add("--device", help="default: cuda if there is one, else cpu")
+    utils.add_device(parser)
     add("--curve", action="store_true", help="draw accuracy against GFLOPs instead, from stored results")
     results = "--curve, --point, --stored-budget: take the results from this JSON, not the checkpoint"
     add("--results", metavar="FILE", help=results)
@@ -126,8 +126,9 @@ def stored_curve(checkpoint: dict[str, Any], file: str, results: str | None) -> 
 
 def main() -> None:
     args = parse()
-    context = utils.start(args.device)
+    context = utils.start(args.device, require_cuda=args.require_cuda)
     utils.start_logging(context)
+    utils.log_device(context, args.device)
     folder, checkpoint = Path(args.output_dir), load_checkpoint(args.resume)
     if args.curve:
         results = stored_curve(checkpoint, args.resume, args.results)

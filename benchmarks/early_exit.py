@@ -62,6 +62,7 @@ def time_early_exit(session: Session, thresholds: list[float], options: TimedPas
         mean_gflops = operating_points(session.predict(dataset), row, session.gflops).gflops.item()
     rows = [["early exit", mean_gflops, *speeds(passes[0], context)]]
     timed = {
+        "device": utils.device_name(context.device),
         "threshold": thresholds[0] if len(set(thresholds)) == 1 else thresholds,
         "exit_shares": shares,
         "accuracy": accuracy,

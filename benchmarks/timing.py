@@ -6,7 +6,6 @@ that an image takes. So thresholds follow from the confidences on these very ima
 
 import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +26,7 @@ from loading.loaders import to_device
 from models import Adaptive
 from models.cost import exit_gflops
 from models.exits import confidence, force_exits
-from utils import log
+from utils import device_name, log
 
 POOL = 50  # images over which a share of exits is counted: one batch of one image has no share
 MOST = 10  # batches of a pass, where the pool does not take more
@@ -293,21 +292,6 @@ def count_gflops(model: Adaptive, name: str) -> list[float] | None:
 def one_line(error: Exception) -> str:
     """Return the first line of an error's message, shortened."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def device_name(device: torch.device) -> str:
-    """Return the name of the GPU, or "CPU, <its name>"."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return cpu_name() if device.type == "cpu" else device.type
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # other systems, other architectures
-        return platform.processor() or platform.machine()
 
 
 def dtype_name(precision: Precision) -> str:

@@ -144,7 +144,7 @@ def load_json(path: str | Path) -> dict[str, Any]:
     return value
 
 
-RESULT_KEYS = {*RESULTS, "flop", "results_of"}
+RESULT_KEYS = {*RESULTS, "flop", "results_of", "device"}
 HEADER = "adaptive_vit"  # entry of a safetensors header: all of a checkpoint but its weights, as JSON
 
 

@@ -153,28 +153,30 @@ class ResultFile(NamedTuple):
             raise InputError(f"{self.checkpoint} takes no results: name a JSON file for them with --results")
         utils.check_writable(self.checkpoint, "name a JSON file for the results with --results")
 
-    def add(self, results: Results, extra: dict[str, Any], of: dict[str, Any]) -> None:
+    def add(self, results: Results, extra: dict[str, Any], of: dict[str, Any], device: str) -> None:
         """Merge results into the file, see `checkpointing.format.merged`.
 
         Args:
             results: of the published keys.
             extra: goes to JSON alone.
             of: what was measured, see `TrainedModel.results_of`.
+            device: on which, by name.
 
         Raises:
             MainError: the checkpoint no longer holds the weights that were measured, or cannot be written;
                 the results are then in a JSON file beside it.
         """
+        known = results.known() | {"device": device}
         if self.json:
-            add_to_json(self.json, results.known() | extra, of)
+            add_to_json(self.json, known | extra, of)
             return log.info("results written to %s", self.json)
         if not results.known():
             return
         try:
-            add_to_checkpoint(self.checkpoint, results.known(), of)
+            add_to_checkpoint(self.checkpoint, known, of)
         except (InputError, OSError) as error:
             beside = self.checkpoint.with_suffix(f".{of['digest'][:8]}.json")
-            add_to_json(beside, results.known() | extra, of)
+            add_to_json(beside, known | extra, of)
             raise MainError(f"{error}; the results are in {beside}") from error
         log.info("results of %s written into %s", of["weights"], self.checkpoint)
 
@@ -237,8 +239,8 @@ class Session(NamedTuple):
 
     def store(self, results: Results, extra: dict[str, Any]) -> None:
         """Keep results, see `ResultFile.add`."""
-        of = self.trained.results_of(self.split)
-        utils.by_main(self.context, lambda: self.results.add(results, extra, of))
+        of, device = self.trained.results_of(self.split), utils.device_name(self.context.device)
+        utils.by_main(self.context, lambda: self.results.add(results, extra, of, device))
 
     def print_table(self, title: str, header: list[str], rows: list[list[Any]]) -> None:
         if self.context.is_main:

@@ -26,7 +26,7 @@ from timm.models import model_entrypoint
 import utils
 from benchmarks import loading
 from benchmarks.table import COLUMNS, Bench, ModelSpec, Options, Row, title
-from benchmarks.timing import cpu_name, device_name, dtype_name
+from benchmarks.timing import dtype_name
 from engine import Precision
 from inference import streaming
 from models.registry import registered
@@ -97,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data-path", metavar="DIR", help="--loader: a folder with images; default: makes 200 JPEGs")
     workers = min(8, os.cpu_count() or 1)
     add("--num_workers", "--workers", type=NON_NEGATIVE_INT, default=workers, help="loading processes")
-    add("--device", help="default: cuda if there is one, else cpu")
+    utils.add_device(parser)
     add("--amp", default="none", choices=("none", "bf16", "fp16"), help="autocast")
     streaming.add_compile(parser)
     add("--train", action="store_true", help="time training steps instead of inference")
@@ -187,7 +187,7 @@ def measure_models(bench: Bench, specs: list[ModelSpec], sizes: list[int | str])
 
 def describe(precision: Precision, compile: str | None) -> str:
     """Return the line above a table: the machine, the versions, and how models run."""
-    machine = dict.fromkeys([device_name(precision.device), cpu_name()])
+    machine = dict.fromkeys([utils.device_name(precision.device), utils.cpu_name()])
     return (
         f"{', '.join(machine)}, {torch.get_num_threads()} threads,"
         f" PyTorch {torch.__version__}, timm {timm.__version__}, {dtype_name(precision)},"
@@ -203,7 +203,7 @@ def main() -> None:
         raise InputError("--loader takes --batch-size as numbers, and draws no --png")
     default = [args.baseline] if args.loader else LISTS["project"]
     specs, baseline = choose_models(args.list, args.models, default), ModelSpec.of(args.baseline)
-    context = utils.start(args.device, args.seed)
+    context = utils.start(args.device, args.seed, args.require_cuda)
     if "auto" in args.batch_size and context.device.type != "cuda" and not args.max_batch:
         raise InputError(f"--batch-size auto on {context.device.type}: say how far with --max-batch N")
     # Say on what and how models run.

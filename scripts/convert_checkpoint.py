@@ -72,6 +72,7 @@ def main() -> None:
     keys |= {"data_config": trained.config} | ({"class_names": names} if names else {}) | results.known()
     if not other and (of := origin(trained.checkpoint)):
         keys["results_of"] = {**of, "weights": "model"}
+        keys |= {key: trained.checkpoint[key] for key in ("device",) if key in trained.checkpoint}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(keys, args.output)
     told = trained.name, trained.which_weights(), count, results.flops

@@ -196,15 +196,16 @@ def parse() -> argparse.Namespace:
         help="loading processes (4)",
     )
     datasets.add_bad_images(parser)
-    add("--device", help="default: cuda if there is one, else cpu")
+    utils.add_device(parser)
     return parser.parse_args()
 
 
 @torch.inference_mode()
 def main() -> None:
     args = parse()
-    context = utils.start(args.device)
+    context = utils.start(args.device, require_cuda=args.require_cuda)
     utils.start_logging(context)
+    utils.log_device(context, args.device)
     device = context.device
     model, config, checkpoint = load_classifier(args.model, args.checkpoint, args.img_size)
     classes = model.num_classes

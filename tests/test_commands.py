@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 import datasets
 import main_deit
+import utils
 from checkpointing.format import add_to_checkpoint, load_checkpoint, load_json, save_checkpoint
 from checkpointing.run import RunLog
 from models import recipe_of
@@ -504,7 +505,7 @@ def test_exact_command_prints_and_stores(
         assert [float(row[0]) for row in rows] == [t / 100 for t in range(0, 101, 5)]
         assert [float(row[2]) for row in rows] == pytest.approx(accuracy[::5], abs=0.01)
         assert [float(row[3]) + float(row[4]) for row in rows] == pytest.approx([100] * 21, abs=0.1)
-    assert after.keys() - before.keys() == {"flops", "results_of", *STORED[mode]}
+    assert after.keys() - before.keys() == {"flops", "results_of", "device", *STORED[mode]}
     assert all(same(before[key], after[key]) for key in before)
     assert not [path for path in checkpoint.parent.iterdir() if path.name.endswith(".tmp")]
 
@@ -544,6 +545,7 @@ def test_results_go_to_a_file_instead(
         assert len(found["budgeted_batch_classification"][0]) == 101
     if mode == 2:
         timed = found["timed"]
+        assert timed["device"] == found["device"] == utils.cpu_name() != ""
         assert timed["accuracy"] == pytest.approx(answers.accuracy(THRESHOLD))
         assert timed["mean_gflops"] == pytest.approx(answers.cost(THRESHOLD))
         assert 0 < timed["images_per_second_end_to_end"] <= timed["images_per_second"]
@@ -562,6 +564,7 @@ def test_results_in_a_file_are_merged(
         "budgeted_batch_classification",
         "dynamic_threshold",
         "results_of",
+        "device",
         "timed",
     }
 

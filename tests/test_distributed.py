@@ -1,7 +1,10 @@
 """Two processes do what one does: the same weights from the same images, and every image counted once."""
 
 import json
+import os
 import shutil
+import signal
+import socket
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -9,9 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import Command, run
+from torch.nn.parallel import DistributedDataParallel
 
+import main_deit
+import utils
 from checkpointing.format import load_checkpoint
+from checkpointing.run import Run
 
 pytestmark = pytest.mark.slow
 
@@ -146,3 +154,165 @@ def test_two_processes_predict_in_order(command: Command, odd: Path, sharp: Path
     printed = run_two("dynamic_inference.py", *arguments)
     assert printed.splitlines() == command("dynamic_inference", *arguments).out.splitlines()
     assert len(printed.splitlines()) == 1 + 39
+
+
+# Groups of one process, and who is in none
+
+
+@pytest.fixture
+def torchrun(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Sets what torchrun sets for a single process; every call is another start."""
+
+    def start() -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        values = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        for name, value in values.items():
+            monkeypatch.setenv(name, str(value))
+
+    return start
+
+
+def test_a_group_of_one_trains_like_no_group(
+    torchrun: Callable, trained: Path, folder: Path, command: Command, tmp_path: Path, monkeypatch
+) -> None:
+    """To the last bit, also after a signal: all that several processes do happens, with a single one."""
+    calls, original = [], Run.on_step
+
+    def on_step(run: Run, step: int, *rest: Any) -> None:
+        if "distribute_bn" not in calls and step == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(run, step, *rest)
+
+    def noted(function: Callable) -> Callable:
+        return lambda *args, **kwargs: (calls.append(function.__name__), function(*args, **kwargs))[1]
+
+    monkeypatch.setattr(Run, "on_step", on_step)
+    for module, name in ((dist, "all_reduce"), (dist, "all_gather_object"), (main_deit, "distribute_bn")):
+        monkeypatch.setattr(module, name, noted(getattr(module, name)))
+    monkeypatch.setattr(DistributedDataParallel, "__init__", noted(DistributedDataParallel.__init__))
+    flags = f"--model lf_deit_nano --data-path {folder} --epochs 2 --batch-size 32 --device cpu"
+    for code, extra in ((utils.STOPPED, []), (0, ["--resume", "auto"])):
+        torchrun()
+        ended = command("main_deit", *flags.split(), "--num_workers", 0, "--output_dir", tmp_path, *extra)
+        assert ended.code == code, ended.err
+        assert not dist.is_initialized()
+        device = f" device: cpu, {utils.cpu_name()}, in a group of 1 (gloo)"
+        assert ended.err.splitlines()[0].endswith(device)
+        assert (tmp_path / "train.log").read_text().splitlines()[0].endswith(device)
+        assert {"__init__", "all_reduce", "all_gather_object"} <= set(calls)
+    assert "distribute_bn" in calls and calls.count("__init__") == 2
+    assert (tmp_path / "log.txt").read_text() == (trained / "log.txt").read_text()
+    for key in ("model", "model_ema"):
+        assert distance(saved_in(tmp_path)[key], saved_in(trained)[key]) == 0
+
+
+IN_SLURM = dict(SLURM_NTASKS=4, SLURM_PROCID=0, SLURM_LOCALID=0, SLURM_JOB_ID=7)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        IN_SLURM,  # a shell of salloc, a script of sbatch
+        IN_SLURM
+        | dict(SLURM_STEP_ID=0xFFFFFFFA, SLURM_STEP_NUM_TASKS=4),  # a shell that is a step of its own
+        IN_SLURM | dict(SLURM_STEP_ID=0, SLURM_STEP_NUM_TASKS=1),  # srun -n 1
+        dict(WORLD_SIZE=1),
+    ],
+    ids=["plain", "salloc", "interactive step", "srun of one", "no rank"],
+)
+def test_a_command_on_its_own_joins_no_group(environment: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: pytest.fail("it waits for others"))
+    assert utils.start("cpu") == (torch.device("cpu"), 0, 1, 0)
+
+
+def test_a_task_of_srun_takes_its_own_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of its step, also where the job has more; and it has to know where the others are."""
+    slurm = IN_SLURM | dict(SLURM_STEP_ID=3, SLURM_STEP_NUM_TASKS=2, SLURM_PROCID=1, SLURM_LOCALID=1)
+    monkeypatch.setattr(os, "environ", os.environ | {name: str(value) for name, value in slurm.items()})
+    with pytest.raises(utils.InputError, match="MASTER_ADDR expected"):
+        utils.start("cpu")
+    assert [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["1", "1", "2"]
+
+
+def test_a_group_is_told_its_gpu(torchrun: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that nothing is guessed from the rank: here the third process of a machine is the tenth of all."""
+    torchrun()
+    calls = []
+    for name, value in dict(RANK=9, LOCAL_RANK=2, WORLD_SIZE=12).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(device))
+    monkeypatch.setattr(dist, "init_process_group", lambda *given, **named: calls.append((*given, named)))
+    monkeypatch.setattr(dist, "get_rank", lambda: 9)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 12)
+    gpu = torch.device("cuda:2")
+    assert utils.start("cuda") == (gpu, 9, 12, 2)
+    assert calls == [gpu, ("nccl", {"device_id": gpu})]
+
+
+# What processes do together, and how one of them fails
+
+
+@pytest.fixture(scope="module")
+def together(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Any]:
+    """What tests/two_ranks.py writes, and how it ends."""
+    output = tmp_path_factory.mktemp("together")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    ended = run(*torchrun, "tests/two_ranks.py", folder, output)
+    assert (output / "results.json").exists(), ended.stderr
+    return json.loads((output / "results.json").read_text()), ended
+
+
+def test_two_processes_exchange(together: tuple) -> None:
+    results, _ = together
+    assert results["sums"] == [1 + 2, 1 + 10]
+    assert results["gathered"] == [{"rank": 0}, {"rank": 1}]
+    assert results["means"] == [[0.5, 0.5]] * 2
+
+
+def test_the_first_process_is_waited_for_without_a_collective(together: tuple) -> None:
+    """So that no time limit of theirs ends a long download; its errors reach the other one."""
+    turns = together[0]["turns"]
+    assert turns["collectives"] == 0
+    assert turns["fetched"] == [[False], [True]]  # whether it was there when they came
+    assert turns["result"] == [[3], [None]]
+    foreseen = [["InputError", "no y"], ["FileNotFoundError", "[Errno 2] none: 'z'"], ["MainError", "w"]]
+    raised = [["KeyError", "'x'"], *foreseen, ["KeyboardInterrupt", ""]]
+    foreseen[1] = ["OSError", foreseen[1][1]]
+    told = [["MainError", "process 0 failed: KeyError: 'x'"], *foreseen]
+    told += [["MainError", "process 0 failed: KeyboardInterrupt"]]
+    expected = [list(pair) for pair in zip(raised, told, strict=True)]
+    assert turns["by_main"] == turns["main_first"] == expected
+
+
+def test_gradients_are_accumulated_alike_as_views_and_copies(together: tuple) -> None:
+    results, _ = together
+    assert results["views"] == [results["copies"]] * 2
+    torch.testing.assert_close(torch.tensor(results["copies"]), torch.tensor(results["alone"]))
+    assert len({tuple(weights) for weights in results["alone"]}) == 3
+
+
+def test_uneven_shares_are_predicted_once(together: tuple) -> None:
+    predicted = together[0]["predicted"]
+    assert predicted["shared"] == predicted["all"]
+    assert len(predicted["all"][0]) == 5 and predicted["all"][0] == predicted["all"][1]
+
+
+def test_a_signal_to_one_process_stops_both_and_they_go_on(together: tuple) -> None:
+    """To the last bit."""
+    result = together[0]["run"]
+    line = "stopped by SIGTERM at epoch 0, step 2; --resume auto goes on from there"
+    assert result == {"stopped": [["Stopped", line]] * 2, "step": 2, "same": True, "epochs": 1}
+
+
+def test_a_process_that_fails_waits_for_no_other(together: tuple) -> None:
+    """It keeps its traceback; torchrun sees it end, and ends the other one, which would wait for minutes."""
+    ended = together[1]
+    assert ended.returncode == 1
+    assert "KeyError: 'the second process fails'" in ended.stderr and "waiting" not in ended.stderr
+    assert ended.stderr.count("exitcode  : 1 ") == 1

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -580,6 +581,48 @@ def test_interruptions_are_caught_unless_they_are_ignored(handler: object) -> No
 def test_a_device_that_is_not_there_is_refused(device: str, text: str) -> None:
     with pytest.raises(utils.InputError, match=rf"--device {device}: .*{text}"):
         utils.start(device)
+
+
+TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver"
+
+
+def test_a_run_without_cuda_says_why_or_ends(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def init() -> None:
+        raise RuntimeError(TOO_OLD)
+
+    for name, value in dict(init=init, is_available=lambda: False, device_count=lambda: 0).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(utils.log, "propagate", True)
+    reason = TOO_OLD.split(". ")[0]
+    with pytest.raises(utils.InputError, match=re.escape(f"no CUDA device is visible ({reason}); use")):
+        utils.start(None, require_cuda=True)
+    with pytest.raises(utils.InputError, match="--require-cuda: --device is cpu"):
+        utils.start("cpu", require_cuda=True)
+    with caplog.at_level(logging.INFO, utils.log.name):
+        for given in (None, "cpu"):
+            utils.log_device(utils.start(given), given)
+    line = f"device: cpu, {utils.cpu_name()}"
+    assert caplog.messages == [f"{line}; no CUDA: {reason}", line]
+
+
+@pytest.mark.parametrize("name", ["main_deit", "dynamic_inference", "visualize", "benchmark"])
+def test_every_command_that_takes_a_device_can_require_cuda(name: str, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    asked = []
+    monkeypatch.setattr(utils, "start", lambda *given, **named: asked.append((*given, *named.values())))
+    argv = dict(
+        main_deit="--model deit_nano --data-path x",
+        dynamic_inference="--checkpoint_path x",
+        visualize="--resume x --images x",
+        benchmark="",
+    )
+    monkeypatch.setattr(sys, "argv", [name, "--require-cuda", *argv[name].split()])
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute"):
+        __import__(name).main()
+    assert asked[0][-1] is True
 
 
 def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
