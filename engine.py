@@ -81,6 +81,15 @@ def check_thresholds(model: Adaptive, thresholds: list[float]) -> None:
         )
 
 
+def padded_size(n: int, limit: int, device: torch.device) -> int:
+    """Return to how many images a stage's `n` are padded: on CUDA one of eight sizes up to `limit`, else n.
+
+    Libraries keep a plan for every shape that they meet there, and to make one takes longer than the stage.
+    """
+    step = math.ceil(limit / 8) if device.type == "cuda" else 1
+    return min(step * math.ceil(n / step), limit) if n else 0
+
+
 @torch.inference_mode()
 def cascade(model: Adaptive, images: Tensor, thresholds: list[float]) -> Iterator[Step]:
     """Run the stages one by one, each only on the images that are still undecided.
@@ -97,9 +106,12 @@ def cascade(model: Adaptive, images: Tensor, thresholds: list[float]) -> Iterato
         ValueError: the number of thresholds does not fit the model.
     """
     check_thresholds(model, thresholds)
-    rows, info = torch.arange(len(images), device=images.device), {}
+    rows, info, batch = torch.arange(len(images), device=images.device), {}, len(images)
     for k in range(model.num_exits):
         output = model.stage(k, images, info)
+        if len(rows) < len(images):  # the rest was padding
+            info = {name: value[: len(rows)] for name, value in output.info.items()}
+            output = StageOutput(output.logits[: len(rows)], info)
         if k == model.num_exits - 1:
             yield Step(k, rows, output, torch.ones_like(rows, dtype=torch.bool))
             return
@@ -108,7 +120,9 @@ def cascade(model: Adaptive, images: Tensor, thresholds: list[float]) -> Iterato
         stay = (~leaves).nonzero()[:, 0]
         if len(stay) == 0:
             return
-        rows, images = rows[stay], images[stay]
+        rows = rows[stay]
+        stay = F.pad(stay, (0, padded_size(len(stay), batch, images.device) - len(stay)))  # with image 0
+        images = images[stay]
         info = {name: value[stay] for name, value in output.info.items()}
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from engine import Precision, check_thresholds
+from engine import Precision, check_thresholds, padded_size
 from models import Adaptive
 from models.exits import confidence, leaves
 
@@ -36,15 +36,29 @@ class StageInput(NamedTuple):
 
     def take(self, host_rows: Tensor | slice, device_rows: Tensor | slice) -> "StageInput":
         """Return some rows, given twice: as an index on the host and as one on the device."""
-        info = {name: value[device_rows] for name, value in self.info.items()}
-        return StageInput(self.numbers[host_rows], self.images[device_rows], info)
+        images, info = take_rows(self.images, self.info, device_rows)
+        return StageInput(self.numbers[host_rows], images, info)
+
+
+def take_rows(
+    images: Tensor, info: dict[str, Tensor], rows: Tensor | slice
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return some rows of a stage's input.
+
+    Images stay tensors of inference mode or not, as they came: another kind compiles a stage again.
+    """
+    with torch.inference_mode(images.is_inference()):
+        images = images[rows]
+    return images, {name: value[rows] for name, value in info.items()}
 
 
 def concatenate(parts: list[StageInput]) -> StageInput:
     if len(parts) == 1:
         return parts[0]
     info = {name: torch.cat([part.info[name] for part in parts]) for name in parts[0].info}
-    return StageInput(torch.cat([p.numbers for p in parts]), torch.cat([p.images for p in parts]), info)
+    with torch.inference_mode(parts[0].images.is_inference()):  # see take_rows
+        images = torch.cat([part.images for part in parts])
+    return StageInput(torch.cat([part.numbers for part in parts]), images, info)
 
 
 class PendingDecision(NamedTuple):
@@ -92,7 +106,8 @@ class ExitStream:
     """Early exit over batches, each later stage on full batches.
 
     An image's result is that of `engine.early_exit`, whatever the batches are. The host waits for exit
-    decisions alone; on CUDA it does so while the next batch is already under way.
+    decisions alone; on CUDA it does so while the next batch is already under way. Where no batch can fill
+    another up, of one image or with one exit, nothing is queued and each result comes at once.
 
     Memory: each queue holds less than two batches of images with the info of the stage before. Results of
     (max_wait + 3) * batch_size images are kept, because they come out in input order.
@@ -102,7 +117,8 @@ class ExitStream:
         precision: device and autocast type.
         thresholds: one per exit but the last, as for `engine.early_exit`.
         batch_size: images per run of a stage; no batch of the stream may be larger.
-        pad: fill smaller batches with copies of an image, so that compiled stages see one shape.
+        pad: fill smaller batches with copies of an image, so that compiled stages see one shape. By default
+            they are filled up to `engine.padded_size`.
         max_wait: batches of the stream after which a queued image goes on in a smaller batch.
 
     Raises:
@@ -131,7 +147,42 @@ class ExitStream:
         Yields:
             For each of them logits [b,K] of the exits taken and these exits [b] int64, in input order.
         """
-        return StreamState(self).run(batches)
+        state = None if self.batch_size == 1 or not self.thresholds else StreamState(self)
+        for images in batches:
+            if len(images) > self.batch_size:
+                raise ValueError(f"a batch of {len(images)} images in a stream of {self.batch_size}")
+            # Inference mode around the work alone: between two results the caller's mode is its own.
+            if state:
+                state.add(images)
+                yield from state.finished_batches()
+            else:
+                yield self.run_alone(images)
+        if state:
+            state.finish()
+            yield from state.finished_batches()
+
+    @torch.inference_mode()
+    def run_alone(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Classify a batch that no other can join: one image, or images of a model with one exit."""
+        info: dict[str, Tensor] = {}
+        for k, threshold in enumerate([*self.thresholds, -math.inf]):
+            logits, info = self.run_stage(k, images, info)
+            if k == len(self.thresholds) or not len(images) or leaves(confidence(logits), threshold).item():
+                break
+        return logits, torch.full((len(images),), k, device=logits.device)
+
+    def run_stage(self, k: int, images: Tensor, info: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run a stage on images [b,3,S,S] and the info of the one before; return logits [b,K] and its info.
+
+        The info is contiguous, and of more than b images where these were padded.
+        """
+        n, device = len(images), images.device
+        size = self.batch_size if self.pad and n else padded_size(n, self.batch_size, device)
+        if n < size:
+            images, info = take_rows(images, info, torch.arange(size, device=device).clamp(max=n - 1))
+        with self.precision.autocast():
+            logits, info = self.model.stage(k, images, info)
+        return logits[:n], {name: value.contiguous() for name, value in info.items()}
 
 
 class StreamState:
@@ -149,36 +200,27 @@ class StreamState:
         self.logits: Tensor | None = None
         self.max_pending = 1 if device.type == "cuda" else 0  # decisions that may be under way
 
-    def run(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Run the stages on batches and yield their results, see `ExitStream`."""
-        # Inference mode around the work alone: between two results the caller's mode is its own.
-        for images in batches:
-            if len(images) > self.stream.batch_size:
-                raise ValueError(f"a batch of {len(images)} images in a stream of {self.stream.batch_size}")
-            with torch.inference_mode():
-                self.sizes.append(len(images))
-                numbers = torch.arange(self.total, self.total + len(images))
-                self.run_stage(0, StageInput(numbers, images, {}))
-                self.total += len(images)
-                self.apply_decisions(self.max_pending)
-                while self.first_undecided() < self.total - self.stream.max_wait * self.stream.batch_size:
-                    self.flush_one_queue()
-            yield from self.finished_batches()
-        with torch.inference_mode():
-            while self.first_undecided() < self.total:
-                self.flush_one_queue()
-        yield from self.finished_batches()
+    @torch.inference_mode()
+    def add(self, images: Tensor) -> None:
+        """Run the first stage on a batch [b,3,S,S], and what later stages have a full batch for."""
+        self.sizes.append(len(images))
+        numbers = torch.arange(self.total, self.total + len(images))
+        self.run_stage(0, StageInput(numbers, images, {}))
+        self.total += len(images)
+        self.apply_decisions(self.max_pending)
+        while self.first_undecided() < self.total - self.stream.max_wait * self.stream.batch_size:
+            self.flush_one_queue()
+
+    @torch.inference_mode()
+    def finish(self) -> None:
+        """Run all stages on the images that are left."""
+        while self.first_undecided() < self.total:
+            self.flush_one_queue()
 
     def run_stage(self, k: int, inputs: StageInput) -> None:
         """Run a stage, write its logits as results so far, and start the copy of its decision to the host."""
         stream, n = self.stream, len(inputs.numbers)
-        images, info = inputs.images, inputs.info
-        if stream.pad and 0 < n < stream.batch_size:
-            rows = torch.arange(stream.batch_size, device=images.device).clamp(max=n - 1)
-            _, images, info = inputs.take(slice(0), rows)
-        with stream.precision.autocast():
-            logits, info = stream.model.stage(k, images, info)
-        logits = logits[:n]
+        logits, info = stream.run_stage(k, inputs.images, inputs.info)
         if self.logits is None:
             self.logits = logits.new_zeros(self.capacity, logits.shape[1])
         slots = self.to_device(inputs.numbers % self.capacity)
@@ -282,10 +324,11 @@ def uncompile(models: Iterable[Adaptive]) -> None:
 
 
 def all_stages(model: Adaptive, precision: Precision, batch_size: int) -> Callable[[], object]:
-    """Return a function that runs all stages on one batch of zeros."""
-    stream = ExitStream(model, precision, [math.inf] * (model.num_exits - 1), batch_size)
+    """Return a function that runs all stages on a full batch of zeros and on one that needs padding."""
+    stream = ExitStream(model, precision, [math.inf] * (model.num_exits - 1), batch_size, pad=True)
     images = torch.zeros(batch_size, 3, model.img_size, model.img_size, device=precision.device)
-    return lambda: list(stream([images]))
+    (images,) = precision.place([images])
+    return lambda: list(stream([images, images[:1]]))
 
 
 def add_compile(parser: argparse.ArgumentParser) -> None:

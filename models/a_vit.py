@@ -8,13 +8,13 @@ Yin et al., "A-ViT: Adaptive Tokens for Efficient Vision Transformer", CVPR 2022
 import math
 import re
 from collections.abc import Callable
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.cost import token_gflops
 from models.registry import register
@@ -31,38 +31,57 @@ THRESHOLD = 0.99  # 1 - epsilon of the paper: the sum of halting scores at which
 MASKED = -1000.0  # added to the attention logits of halted tokens, whose weight is then exactly 0 in float32
 
 
-def attend_packed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+def attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, lengths: list[int], longest: int
+) -> Tensor:
     """Attend within each of several sequences that lie one after the other.
 
-    On a CPU one call per sequence is fastest: a padded batch needs a mask, which costs more than it saves.
+    On a GPU no shape but T follows the data: libraries keep a plan for every shape that they meet.
 
     Args:
         q, k, v: [T,H,d] each, as is the result.
+        bounds: [B+1] where the sequences begin and end: 0, sums of the first lengths, T.
         lengths: of the sequences, zeros allowed, or none at all; their sum is T.
+        longest: what a sequence can have at most, whatever these have.
     """
-    lengths = [n for n in lengths if n]
-    if not lengths:
+    if not any(lengths):
         return v
-    longest = max(lengths)
-    if min(lengths) == longest:
-        batch = (x.unflatten(0, (-1, longest)).transpose(1, 2) for x in (q, k, v))  # [B,H,n,d] each
-        return F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1)
     if q.device.type == "cpu":
-        parts = (x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v))  # [H,n,d] each
-        outs = [F.scaled_dot_product_attention(*(x[None] for x in qkv)) for qkv in zip(*parts, strict=True)]
-        return torch.cat(outs, dim=2)[0].transpose(0, 1)
+        return attend_in_turn(q, k, v, [n for n in lengths if n])
+    if min(lengths) == longest:
+        return attend_equal(q, k, v, longest)
     flash = q.is_cuda and q.element_size() == 2 and q.shape[-1] % 8 == 0 and varlen_attn is not None
     if flash and torch.cuda.get_device_capability(q.device) >= (8, 0):
-        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(q.device, non_blocking=True)
-        return varlen_attn(q, k, v, starts, starts, longest, longest)
-    return attend_padded(q, k, v, lengths)
+        q, k, v = torch.stack((q, k, v))  # contiguous: the first versions misread other strides
+        # Left to itself it takes cuDNN on some GPUs, which makes and keeps a plan for every T.
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return varlen_attn(q, k, v, bounds.int(), bounds.int(), longest, longest)
+    return attend_padded(q, k, v, bounds, longest)
 
 
-def attend_padded(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """Return what `attend_packed` does, with all sequences padded to the longest."""
-    valid = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # [B,n], on the CPU as `lengths` are
-    rows = valid.flatten().nonzero()[:, 0].to(q.device, non_blocking=True)
-    bias = torch.zeros(valid.shape).masked_fill(~valid, MASKED)[:, None, None].to(q, non_blocking=True)
+def attend_equal(q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
+    """Return what `attend_packed` does, where all sequences have one length."""
+    batch = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))  # [B,H,n,d] each
+    return F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1)
+
+
+def attend_in_turn(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """Return what `attend_packed` does, by one call per sequence where lengths, all above 0, differ.
+
+    On a CPU this is fastest: a padded batch needs a mask, which costs more than it saves.
+    """
+    if min(lengths) == max(lengths):
+        return attend_equal(q, k, v, lengths[0])
+    parts = (x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v))  # [H,n,d] each
+    outs = [F.scaled_dot_product_attention(*(x[None] for x in qkv)) for qkv in zip(*parts, strict=True)]
+    return torch.cat(outs, dim=2)[0].transpose(0, 1).contiguous()
+
+
+def attend_padded(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
+    """Return what `attend_packed` does, with all sequences padded to `longest`."""
+    valid = torch.arange(longest, device=q.device) < bounds.diff()[:, None]  # [B,n]
+    rows = valid.flatten().nonzero_static(size=len(q))[:, 0]
+    bias = q.new_zeros(valid.shape).masked_fill(~valid, MASKED)[:, None, None]
     padded = (x.new_zeros(valid.numel(), *x.shape[1:]).index_copy(0, rows, x) for x in (q, k, v))
     batch = (x.unflatten(0, valid.shape).transpose(1, 2) for x in padded)  # [B,H,n,d] each
     return F.scaled_dot_product_attention(*batch, attn_mask=bias).transpose(1, 2).flatten(0, 1)[rows]
@@ -224,11 +243,14 @@ class AViT(AdaptiveViT):
         tokens = counts.new_zeros(batch, len(self.blocks))
         for i, block in enumerate(self.blocks):
             tokens[:, i] = counts
-            x = self.finish(block, x, attend_packed(*self.project(block, x), lengths))
+            bounds = F.pad(counts.cumsum(0), (1, 0))  # [B+1]
+            # Compiled methods would be compiled once more for a single row.
+            own = self if len(x) > 1 else type(self)
+            x = own.finish(block, x, attend_packed(*own.project(block, x), bounds, lengths, n))
             score, total, halted = self.halt(i, x, total)
             weight = torch.where(halted, rest, score)
             # The first row of an image is its class token, unless that has halted.
-            start = (counts.cumsum(0) - counts).clamp(max=len(x) - 1)
+            start = bounds[:-1].clamp(max=len(x) - 1)
             present = place[start] == first
             out = out + (weight[start] * present)[:, None] * x[start]
             depth, remainder = depth.index_fill(0, place, i + 1), remainder.index_copy(0, place, rest)

@@ -245,6 +245,10 @@ def test_bfloat16_stays_within_its_rounding(autocast: bool) -> None:
     assert (found.info["depth"] != other.info["depth"]).float().mean() < 0.05
 
 
+def bounds_of(lengths: list[int]) -> Tensor:
+    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0))
+
+
 @pytest.mark.parametrize("lengths", [[5], [4, 4, 4], [3, 0, 7, 1], [0, 0, 6], [1, 1, 2]])
 def test_packed_attention_stays_inside_each_sequence(lengths: list[int]) -> None:
     q, k, v = torch.randn(3, sum(lengths), 2, 8, generator=torch.Generator().manual_seed(0))
@@ -252,8 +256,9 @@ def test_packed_attention_stays_inside_each_sequence(lengths: list[int]) -> None
     for qs, ks, vs in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
         weights = (torch.einsum("ihd,jhd->hij", qs, ks) / 8**0.5).softmax(dim=-1)
         rows.append(torch.einsum("hij,jhd->ihd", weights, vs))
-    for attend in (attend_packed, attend_padded):
-        assert_close(attend(q, k, v, lengths), torch.cat(rows), atol=1e-6, rtol=0)
+    bounds = bounds_of(lengths)
+    for found in (attend_packed(q, k, v, bounds, lengths, 9), attend_padded(q, k, v, bounds, 9)):
+        assert_close(found, torch.cat(rows), atol=1e-6, rtol=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -262,9 +267,11 @@ def test_packed_attention_stays_inside_each_sequence(lengths: list[int]) -> None
 def test_packed_equals_masked_on_cuda(dtype: torch.dtype) -> None:
     assert varlen_attn is not None or torch.__version__ < "2.10"
     lengths, rounding = [3, 0, 70, 1], 1e-5 if dtype == torch.float32 else 0.02
-    qkv = torch.randn(3, sum(lengths), 2, 32, device="cuda", dtype=dtype)
-    expected = attend_packed(*qkv.float().cpu(), lengths)
-    assert_close(attend_packed(*qkv, lengths).float().cpu(), expected, atol=rounding, rtol=0)
+    qkv, bounds = torch.randn(3, sum(lengths), 2, 32, device="cuda", dtype=dtype), bounds_of(lengths)
+    expected = attend_packed(*qkv.float().cpu(), bounds, lengths, 70)
+    for longest in (70, 197):
+        found = attend_packed(*qkv, bounds.cuda(), lengths, longest)
+        assert_close(found.float().cpu(), expected, atol=rounding, rtol=0)
     model, images = (x.to("cuda", dtype) for x in (spread(embed_dim=48), pictures(5)))
     found, expected = model(images)[0], masked(model, images)
     assert (found.info["depth"] != expected.info["depth"]).float().mean() < 0.05
