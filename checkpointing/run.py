@@ -177,9 +177,8 @@ class Run(Observer):
 
     # Within an epoch
 
-    def on_step(self, step: int, images: int, losses: dict[str, float]) -> None:
-        lr = self.update.optimizer.param_groups[0]["lr"]
-        self.log.add_batch(self.epoch, step, images * self.context.world_size, losses | {"lr": lr})
+    def on_step(self, step: int, images: int, values: dict[str, float]) -> None:
+        self.log.add_batch(self.epoch, step, images * self.context.world_size, values)
 
     def now(self) -> tuple[float, int]:
         """Return the time in seconds, and the batches since the run began."""
@@ -190,14 +189,17 @@ class Run(Observer):
         due = self.context.is_main and time.monotonic() - self.saved[0] >= self.every_seconds
         return [float(due), *(float(self.signal == number) for number in SIGNALS)]
 
+    def is_due(self, requests: list[float]) -> bool:
+        """Return whether a checkpoint is due, or a signal has come to any process."""
+        return bool(self.folder) and (any(requests) or self.now()[1] - self.saved[1] >= self.every_steps)
+
     def on_update(self, requests: list[float]) -> None:
         """Save a checkpoint if one is due; save one and stop if a signal has come to any process."""
-        due, *counts = requests
-        signals = [number for number, count in zip(SIGNALS, counts, strict=True) if count]
-        if self.folder and (due or signals or self.now()[1] - self.saved[1] >= self.every_steps):
+        if self.is_due(requests):
             self.save(NEWEST)
-        if self.folder and signals:
-            self.stop(signals[0])
+            _, *counts = requests
+            for number in [number for number, count in zip(SIGNALS, counts, strict=True) if count]:
+                self.stop(number)
 
     def stop(self, number: int) -> None:
         """End the run because of a signal.
