@@ -4,10 +4,11 @@ Nothing here knows a method: a model is a chain of stages with one output per ex
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from loading.sampler import names_of_batch
 from models import Adaptive, StageOutput
 from models.cost import stage_gflops
 from models.exits import Predictions, choose_exits, confidence, uniform_thresholds
-from utils import MainError, gather, log, sum_over_ranks
+from utils import MainError, gather, log, sum_over_ranks, widest_float
 
 
 class Precision(NamedTuple):
@@ -181,6 +182,13 @@ class Update(NamedTuple):
         """Return a model and, where there is one, its moving average."""
         return [model] if self.ema is None else [model, self.ema.module]
 
+    def can_be_masked(self) -> bool:
+        """Return whether a flag on the device can keep an update from weights and state.
+
+        It can where the optimizer's own kernel looks at the flag `found_inf`, as GradScaler also asks.
+        """
+        return getattr(self.optimizer, "_step_supports_amp_scaling", False)
+
     def updates(self, batches: int) -> int:
         """Return how many updates so many batches of an epoch make."""
         return math.ceil(batches / self.accumulate)
@@ -222,21 +230,31 @@ class Observer:
     """What `train_one_epoch` reports to; this one only keeps the progress of the epoch.
 
     Attributes:
-        progress: up to date when `on_step` and `on_update` are called.
+        progress: up to date when `on_update` is called; sums and `skipped` may else be a batch behind `step`.
     """
 
     def __init__(self) -> None:
         self.progress = Progress()
 
     def requests(self) -> list[float]:
-        """Return numbers of this process, whose sums over all processes `on_update` gets."""
+        """Return numbers of this process, whose sums over all processes the other methods get."""
         return []
 
-    def on_step(self, step: int, images: int, losses: dict[str, float]) -> None:
-        """Take note of a batch: its number, its images in this process, its losses and the model's knobs."""
+    def on_step(self, step: int, images: int, values: dict[str, float]) -> None:
+        """Take note of a batch that has been read.
+
+        Args:
+            step: its number.
+            images: in it, of this process.
+            values: its losses, the learning rate and the model's knobs.
+        """
+
+    def is_due(self, requests: list[float]) -> bool:
+        """Return whether `on_update` has something to do, the same in all processes."""
+        return False
 
     def on_update(self, requests: list[float]) -> None:
-        """Act between two updates, on the sums of the last batch's requests."""
+        """Act between two updates, at the end of an epoch or where `is_due` says so, on the last requests."""
 
 
 def train_one_epoch(
@@ -272,7 +290,7 @@ def train_one_epoch(
     model.train()
     update.scheduler.step(epoch)
     update.scheduler.step_update(epoch * updates + update.updates(progress.step))
-    discard = False  # whether a batch of the present update was not finite
+    reports = Reports(update, run, loader, epoch, precision.device)
     for step, batch in enumerate(loader, progress.step):
         own.set_epoch(epoch + step / len(loader))
         group = update.group(step, len(loader))
@@ -281,28 +299,130 @@ def train_one_epoch(
         with nullcontext() if is_last or model is own else model.no_sync():
             scalars = backward(model, precision, batch, objective, update.scaler, len(group))
         norm = gradient_norm(own, update) if is_last else torch.zeros_like(scalars["loss"])
-        # What all processes have to say of the batch. The scaler looks after gradients that overflow itself.
-        losses, total_norm, requests = read(scalars, norm, run.requests())
-        if math.isfinite(losses["loss"]) and (math.isfinite(total_norm) or update.scaler.is_enabled()):
-            progress.add({"lr": update.optimizer.param_groups[0]["lr"], **losses})
-        else:
-            so_far = range(group[0], step + 1)
-            where = describe_nonfinite(losses["loss"], scalars["loss"], norm, loader, so_far, epoch)
-            progress.skipped += not discard
-            if progress.skipped > update.skip:
-                raise MainError(f"{where}; weights were not updated")
-            log.warning("%s: this update is left out", where)
-            discard = True
+        # What all processes have to say of the batch; where a flag can mask the update, of the one before.
+        shown = {name: getattr(own, name) for name in own.knobs}
+        reports.send(step, len(batch[0]), scalars, norm, shown)
+        reports.read(but_last=1 if update.can_be_masked() else 0)
         # The update
         if is_last:
-            step_optimizer(own, update, None if discard else norm)
+            step_optimizer(own, update, norm, reports.discard(group))
             update.scheduler.step_update(epoch * updates + step // update.accumulate + 1)
-            discard = False
         progress.step = step + 1
-        run.on_step(step, len(batch[0]), losses | {name: getattr(own, name) for name in own.knobs})
-        if is_last:
-            run.on_update(requests)
+        if is_last and (progress.step == len(loader) or run.is_due(reports.requests)):
+            reports.read()
+            run.on_update(reports.requests)
     return progress.means()
+
+
+class Report(NamedTuple):
+    """What all processes have to say of a batch, on its way to the host.
+
+    Attributes:
+        step: number of the batch.
+        images: in it, of this process.
+        shown: learning rate and knobs.
+        scalars: of this process, on the device: `loss`, its terms and the model's statistics.
+        norm: of the averaged gradients, on the device.
+        sums: over the processes, of loss, norm, further scalars and requests; on the host once `copied`.
+        copied: event of the copy to the host; None where nothing is copied.
+    """
+
+    step: int
+    images: int
+    shown: dict[str, float]
+    scalars: dict[str, Tensor]
+    norm: Tensor
+    sums: Tensor
+    copied: "torch.cuda.Event | None"
+
+
+class Reports:
+    """The reports of an epoch's batches, and what follows from losses or gradients that are not finite.
+
+    Where a flag on the device masks the update, a report may be read after it: the host does not wait for the
+    batch that it has just launched. Such a flag also leaves out all updates after the one that ends the run.
+
+    Args:
+        update: says how many updates may be left out.
+        run: is told of every batch that is read.
+        loader: names the files of a batch.
+        epoch: 0-based.
+        device: of the losses.
+
+    Attributes:
+        requests: sums over the processes of the requests that were sent with the batch read last.
+    """
+
+    def __init__(self, update: Update, run: Observer, loader: DataLoader, epoch: int, device: torch.device):
+        self.update, self.run, self.loader, self.epoch = update, run, loader, epoch
+        self.queue: deque[Report] = deque()
+        self.requests: list[float] = []
+        self.left_out: range | None = None  # batches of the update that was left out last
+        # The same on the device: whether the present update is left out, and how many of the epoch were.
+        self.bad = torch.zeros((), dtype=torch.bool, device=device)
+        self.skipped = torch.full((), run.progress.skipped, device=device)
+
+    def send(
+        self, step: int, images: int, scalars: dict[str, Tensor], norm: Tensor, shown: dict[str, float]
+    ) -> None:
+        """Start the way of a batch's values to the host; they travel in one tensor."""
+        scalars = {name: value.detach() for name, value in scalars.items()}  # without the batch's graph
+        loss, *further = scalars.values()
+        further += [norm.new_full((), request) for request in self.run.requests()]
+        sums = sum_over_ranks(torch.stack([value.float() for value in (loss, norm, *further)]))
+        if self.update.can_be_masked():
+            # The scaler looks after gradients that overflow itself.
+            judged = sums[:1] if self.update.scaler.is_enabled() else sums[:2]
+            self.bad = self.bad | ~judged.isfinite().all()
+        copied = None
+        if sums.is_cuda:
+            sums, copied = sums.to("cpu", non_blocking=True), torch.cuda.Event()
+            copied.record()
+        shown = shown | {"lr": self.update.optimizer.param_groups[0]["lr"]}
+        self.queue.append(Report(step, images, shown, scalars, norm, sums, copied))
+
+    def read(self, but_last: int = 0) -> None:
+        """Take note of the batches sent, but for some; only here a step waits for the device.
+
+        Raises:
+            MainError: one is not finite and its update may not be left out; all processes raise it.
+        """
+        while len(self.queue) > but_last:
+            report = self.queue.popleft()
+            if report.copied is not None:
+                report.copied.synchronize()
+            loss, norm, *further = report.sums.tolist()
+            size = dist.get_world_size() if dist.is_initialized() else 1
+            losses = dict(zip(report.scalars, [value / size for value in (loss, *further)], strict=False))
+            self.requests = further[len(report.scalars) - 1 :]
+            if math.isfinite(loss) and (math.isfinite(norm) or self.update.scaler.is_enabled()):
+                self.run.progress.add({"lr": report.shown["lr"], **losses})
+            else:
+                self.leave_out(report, losses["loss"])
+            self.run.on_step(report.step, report.images, losses | report.shown)
+
+    def leave_out(self, report: Report, loss: float) -> None:
+        """Count an update that is left out because a batch is not finite; `loss` is that of all processes."""
+        group = self.update.group(report.step, len(self.loader))
+        so_far = range(group[0], report.step + 1)
+        where = describe_nonfinite(loss, report, self.loader, so_far, self.epoch)
+        progress = self.run.progress
+        progress.skipped += self.left_out != group
+        self.left_out = group
+        if progress.skipped > self.update.skip:
+            raise MainError(f"{where}; weights were not updated")
+        log.warning("%s: this update is left out", where)
+
+    def discard(self, group: range) -> Tensor | bool:
+        """Return whether the update of these batches, all of them sent, is to be left out.
+
+        Where a flag masks it this is the flag, a float [] on the device; else the batches have been read.
+        """
+        if not self.update.can_be_masked():
+            return self.left_out == group
+        bad, self.bad = self.bad, torch.zeros_like(self.bad)
+        self.skipped = self.skipped + bad
+        return (bad | (self.skipped > self.update.skip)).float()
 
 
 def backward(
@@ -336,48 +456,73 @@ def gradient_norm(model: nn.Module, update: Update) -> Tensor:
     return nn.utils.get_total_norm(gradients)
 
 
-def read(
-    scalars: dict[str, Tensor], norm: Tensor, requests: list[float]
-) -> tuple[dict[str, float], float, list[float]]:
-    """Return means of the scalars over the processes, and sums of the norm and of each request.
-
-    They travel in one tensor. Only here a step waits for the GPU, which has its backward pass to run.
-    """
-    extra = [norm.new_full((), request) for request in requests]
-    values = torch.stack([value.detach().float() for value in (*scalars.values(), norm, *extra)])
-    values = sum_over_ranks(values).tolist()
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    means = {name: value / world_size for name, value in zip(scalars, values, strict=False)}
-    return means, values[len(scalars)], values[len(scalars) + 1 :]
-
-
-def describe_nonfinite(
-    loss: float, own_loss: Tensor, norm: Tensor, loader: DataLoader, batches: range, epoch: int
-) -> str:
+def describe_nonfinite(loss: float, report: Report, loader: DataLoader, batches: range, epoch: int) -> str:
     """Return what is not finite, and the files that may be the reason; all processes have to call this.
 
-    `loss` is the mean over the processes and `own_loss` this process's, of the last one of these batches.
+    `loss` is the mean over the processes, of the last one of these batches, and `report` is of that batch.
     """
-    step = batches[-1]
     if math.isfinite(loss):
-        what = f"the gradient norm is {norm.item()}"
+        what = f"the gradient norm is {report.norm.item()}"
     else:
-        what, batches = f"the loss is {loss}", batches[:0] if own_loss.isfinite() else batches[-1:]
+        what, batches = (
+            f"the loss is {loss}",
+            batches[:0] if report.scalars["loss"].isfinite() else batches[-1:],
+        )
     names = sum(gather([name for batch in batches for name in names_of_batch(loader, batch)]), [])
     more = f" and {len(names) - 64} more" if len(names) > 64 else ""
-    return f"{what} at epoch {epoch}, step {step} ({', '.join(names[:64])}{more})"
+    return f"{what} at epoch {epoch}, step {report.step} ({', '.join(names[:64])}{more})"
 
 
-def step_optimizer(model: nn.Module, update: Update, norm: Tensor | None) -> None:
-    """Update the weights and their average with gradients of this norm; None throws the gradients away."""
-    if norm is not None:
+def step_optimizer(model: nn.Module, update: Update, norm: Tensor, discard: Tensor | bool) -> None:
+    """Update the weights and their average with gradients of this norm, or throw the gradients away.
+
+    `discard` says so, see `Reports.discard`; where it is a tensor nothing here waits for it.
+    """
+    if discard is not True:
         if update.clip_grad:
             nn.utils.clip_grads_with_norm_(model.parameters(), update.clip_grad, norm)
-        update.scaler.step(update.optimizer)
+        with masked(update.optimizer, discard) if isinstance(discard, Tensor) else nullcontext():
+            update.scaler.step(update.optimizer)
     update.scaler.update()
     update.optimizer.zero_grad()
-    if update.ema is not None and norm is not None:
+    if update.ema is None or discard is True:
+        return
+    if isinstance(discard, Tensor):
+        update_average(update.ema, model, discard)
+    else:
         update.ema.update(model)
+
+
+@contextmanager
+def masked(optimizer: torch.optim.Optimizer, discard: Tensor) -> Iterator[None]:
+    """Make the step in the body leave weights and state as they are where the flag is 1 and not 0."""
+
+    def add_flag(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        overflow = getattr(optimizer, "found_inf", discard)  # where there is one it is the scaler's
+        optimizer.found_inf = torch.maximum(overflow, discard)  # the kernel compares with 1
+
+    hook = optimizer.register_step_pre_hook(add_flag)
+    try:
+        yield
+    finally:
+        hook.remove()
+        vars(optimizer).pop("found_inf", None)
+
+
+@torch.no_grad()
+def update_average(ema: ModelEmaV3, model: nn.Module, discard: Tensor) -> None:
+    """Do what `ema.update(model)` does, and nothing where the flag on the device is 1 and not 0."""
+    averages, values = ema.module.state_dict(), model.state_dict()
+    names = [name for name, _ in model.named_parameters()]  # these are finite
+    parameters = [averages.pop(name) for name in names]
+    steps = torch._foreach_sub([values[name] for name in names], parameters)
+    torch._foreach_mul_(steps, (1 - ema.decay) * (1 - discard))
+    torch._foreach_add_(parameters, steps)
+    for name, average in averages.items():
+        value = values[name]
+        if average.is_floating_point():
+            value = average.lerp(value, 1 - ema.decay)
+        average.copy_(torch.where(discard > 0, average, value))
 
 
 @torch.inference_mode()
@@ -439,17 +584,18 @@ def evaluate(
         GFLOPs where they depend on the image, and the share of images that leave early at three thresholds.
     """
     model.set_epoch(math.inf)
-    sums: dict[str, float] = {"images": 0.0}
+    sums: dict[str, Any] = {"images": 0.0}
+    wide = widest_float(precision.device)
 
     def add_statistics(images: Tensor, outputs: list[StageOutput]) -> None:
         sums["images"] += len(images)
         for name, value in model.statistics(outputs).items():
-            sums[name] = sums.get(name, 0.0) + len(images) * value.item()
+            sums[name] = sums.get(name, 0.0) + len(images) * value.to(wide)  # read when all batches are done
 
     predictions = predict(model, loader, precision, add_statistics)
     entry = {prefix + name: value for name, value in predictions.summary().items()}
     # A process without images has no statistics.
-    parts = gather(sums)
+    parts = gather({name: float(value) for name, value in sums.items()})
     images = sum(part["images"] for part in parts)
     for name in sorted(parts[0].keys() - {"images"}):
         entry[prefix + name] = sum(part.get(name, 0.0) for part in parts) / images

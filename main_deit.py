@@ -44,7 +44,7 @@ from engine import Objective, Precision, Update, evaluate, train_one_epoch
 from inference.pictures import contact_sheet, draw_all, draw_classes, explain
 from loading import loaders
 from loading.images import Readable
-from loading.loaders import AS_BYTES, DeviceLoader
+from loading.loaders import AS_BYTES, DeviceLoader, prefetched
 from loading.token_labels import PairedTransform, token_targets
 from models import Adaptive, flags, recipe_of
 from models.exits import DEFAULT_THRESHOLD
@@ -471,9 +471,9 @@ def order_options(args: argparse.Namespace, context: utils.Context) -> dict[str,
 
 
 def device_options(args: argparse.Namespace, device: torch.device, config: dict[str, Any]) -> dict[str, Any]:
-    """Return arguments of DeviceLoader, none where images are normalised as they are loaded."""
+    """Return arguments of DeviceLoader, the device alone where images are normalised as they are loaded."""
     if not args.device_normalize:
-        return {}
+        return dict(device=device)
     erasing = {key: augmentation_options(args)[key] for key in ("re_prob", "re_mode", "re_count")}
     return dict(device=device, config=config, **erasing)
 
@@ -511,6 +511,7 @@ def be_deterministic() -> None:
     """Make all results repeatable on the same machine; an operation that cannot be raises an error."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and nothing here reads such memory
     torch.backends.cudnn.benchmark = False
 
 
@@ -738,9 +739,9 @@ def training_loader(
     loading: dict[str, Any],
     device: dict[str, Any],
 ) -> DataLoader | DeviceLoader:
-    """Load training images, shuffled; `device` says how bytes become model input there, {} if they do not."""
+    """Load training images, shuffled; `device` is the device and, where bytes go there, how they are input."""
     loader = loaders.train_loader(readable, batch_size, **order, **loading)
-    return DeviceLoader(loader, **device) if device else loader
+    return DeviceLoader(loader, **device) if "config" in device else prefetched(loader, **device)
 
 
 def make_update(
@@ -805,9 +806,9 @@ def main() -> None:
         loading, limits = loading_options(args, context.device), bad_options(args, folder)
         shared = (context.rank, context.world_size) if args.dist_eval and not args.demo else (0, 1)
         valset = validation_set(source, model, config, classes)
-        val_loader = loaders.EvalLoader(
-            loaders.Shard(valset, *shared, *limits), int(1.5 * args.batch_size), **loading
-        )
+        shard = loaders.Shard(valset, *shared, *limits)
+        val_loader = loaders.EvalLoader(shard, int(1.5 * args.batch_size), **loading)
+        val_loader = prefetched(val_loader, context.device)
         if args.demo:
             return draw_demo(model, val_loader, config, folder) if context.is_main else None
         if args.eval:

@@ -33,7 +33,7 @@ def refused_options(opt: str) -> set[str]:
 
 
 def make_optimizer(parameters: nn.Module | Groups, opt: str, **options: Any) -> Optimizer:
-    """Make an optimizer of timm.
+    """Make an optimizer of timm; AdamW is torch's fused one where the parameters are on CUDA.
 
     Args:
         parameters: a model, whose biases, norms and positions do not decay, or groups of parameters.
@@ -47,6 +47,8 @@ def make_optimizer(parameters: nn.Module | Groups, opt: str, **options: Any) -> 
     betas, count = options.get("betas"), get_optimizer_info(opt.lower().removeprefix(LOOKAHEAD)).num_betas
     if betas is not None and len(betas) != count:
         raise InputError(f"--opt-betas {' '.join(map(str, betas))}: --opt {opt} takes {count}")
+    if opt.lower() == "adamw" and device_of(parameters).type == "cuda":
+        options = options | {"fused": True}
     try:
         return create_optimizer_v2(parameters, opt, **options)
     except (AssertionError, ImportError, TypeError, ValueError) as error:
@@ -54,10 +56,17 @@ def make_optimizer(parameters: nn.Module | Groups, opt: str, **options: Any) -> 
         raise InputError(f"--opt {opt} with {given}: {error}") from error
 
 
+def device_of(parameters: nn.Module | Groups) -> torch.device:
+    """Return the device of the first parameter."""
+    if isinstance(parameters, nn.Module):
+        return next(parameters.parameters()).device
+    return parameters[0]["params"][0].device
+
+
 def load_optimizer(
     optimizer: Optimizer, saved: dict[str, Any], make: Callable[[Groups], Optimizer], source: str
 ) -> None:
-    """Load what an optimizer has gathered; its options stay as they are.
+    """Load what an optimizer has gathered, be it on another device; its options stay as they are.
 
     Args:
         optimizer: that has made no step.
@@ -70,6 +79,11 @@ def load_optimizer(
     """
     options = [group.copy() for group in optimizer.param_groups]
     counters, expected = after_a_step(optimizer, make)
+    # Whether these are set decides which device the counter of steps is loaded to.
+    placing = [{name: group[name] for name in ("fused", "capturable") if name in group} for group in options]
+    if len(saved["param_groups"]) == len(placing):
+        groups = [group | own for group, own in zip(saved["param_groups"], placing, strict=True)]
+        saved = saved | {"param_groups": groups}
     try:
         optimizer.load_state_dict(saved)
     except ValueError as error:

@@ -29,6 +29,7 @@ from utils import log
 
 # What a scheduler, a shell or Slurm says when time is up.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+LEAST_SCALE = 1e-4  # of fp16 gradients: 65536, where it starts, halved 30 times without an update in between
 
 
 class Settings(NamedTuple):
@@ -82,11 +83,15 @@ class RunLog:
             if self.board:
                 self.board.close()
 
+    def has_line(self, step: int) -> bool:
+        """Return whether the log has a line of this batch."""
+        return step % self.print_freq == 0 or step + 1 == self.steps
+
     def add_batch(self, epoch: int, step: int, images: int, values: dict[str, float]) -> None:
         """Move the bar by a batch; write a line and to TensorBoard if it is time to."""
         self.bar.update(images)
         self.bar.set_description(f"epoch {epoch} loss {values['loss']:.3f}", refresh=False)
-        if not self.is_main or (step % self.print_freq and step + 1 < self.steps):
+        if not self.is_main or not self.has_line(step):
             return
         rate, left = utils.rate_and_left(self.bar)
         text = " ".join(f"{name} {value:.4g}" for name, value in values.items())
@@ -155,7 +160,7 @@ class Run(Observer):
         """Log while the body runs, and catch signals if there is a folder for the checkpoint."""
         total, done = (self.global_batch_size * self.steps * epochs for epochs in (self.epochs, self.epoch))
         done += self.global_batch_size * self.progress.step
-        self.saved = self.now()
+        self.saved, self.scale = self.now(), self.update.scaler.get_scale()
         handlers = {}
         if self.folder:
             handlers = {number: signal.signal(number, self.on_signal) for number in SIGNALS}
@@ -177,9 +182,23 @@ class Run(Observer):
 
     # Within an epoch
 
-    def on_step(self, step: int, images: int, losses: dict[str, float]) -> None:
-        lr = self.update.optimizer.param_groups[0]["lr"]
-        self.log.add_batch(self.epoch, step, images * self.context.world_size, losses | {"lr": lr})
+    def on_step(self, step: int, images: int, values: dict[str, float]) -> None:
+        self.log.add_batch(self.epoch, step, images * self.context.world_size, values)
+        if self.log.has_line(step):
+            self.check_scale(step)
+
+    def check_scale(self, step: int) -> None:
+        """Check that the scale of fp16 gradients, which waits for the device, has not fallen towards 0.
+
+        Raises:
+            MainError: it has, the same in all processes.
+        """
+        before, self.scale = self.scale, self.update.scaler.get_scale()
+        if self.scale < min(before, LEAST_SCALE):
+            raise utils.MainError(
+                f"the scale of fp16 gradients has fallen to {self.scale:.1g} at epoch {self.epoch}, step {step}"
+                " and they are still not finite: take --amp bf16 or none, or a lower --lr"
+            )
 
     def now(self) -> tuple[float, int]:
         """Return the time in seconds, and the batches since the run began."""
@@ -190,14 +209,17 @@ class Run(Observer):
         due = self.context.is_main and time.monotonic() - self.saved[0] >= self.every_seconds
         return [float(due), *(float(self.signal == number) for number in SIGNALS)]
 
+    def is_due(self, requests: list[float]) -> bool:
+        """Return whether a checkpoint is due, or a signal has come to any process."""
+        return bool(self.folder) and (any(requests) or self.now()[1] - self.saved[1] >= self.every_steps)
+
     def on_update(self, requests: list[float]) -> None:
         """Save a checkpoint if one is due; save one and stop if a signal has come to any process."""
-        due, *counts = requests
-        signals = [number for number, count in zip(SIGNALS, counts, strict=True) if count]
-        if self.folder and (due or signals or self.now()[1] - self.saved[1] >= self.every_steps):
+        if self.is_due(requests):
             self.save(NEWEST)
-        if self.folder and signals:
-            self.stop(signals[0])
+            _, *counts = requests
+            for number in [number for number, count in zip(SIGNALS, counts, strict=True) if count]:
+                self.stop(number)
 
     def stop(self, number: int) -> None:
         """End the run because of a signal.

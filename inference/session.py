@@ -23,7 +23,7 @@ from checkpointing.format import (
 )
 from datasets import DataSource
 from engine import Precision, predict
-from loading.loaders import AS_BYTES, DeviceLoader, EvalLoader, Shard
+from loading.loaders import AS_BYTES, DeviceLoader, EvalLoader, Shard, prefetched
 from models import Adaptive, StageOutput
 from models.cost import exit_gflops
 from models.exits import Predictions
@@ -221,7 +221,9 @@ class Session(NamedTuple):
             num_workers=loading.num_workers,
             pin_memory=context.device.type == "cuda",
         )
-        return DeviceLoader(loader, context.device, self.trained.config) if loading.as_bytes else loader
+        if loading.as_bytes:
+            return DeviceLoader(loader, context.device, self.trained.config)
+        return prefetched(loader, context.device)
 
     def predict(
         self, dataset: Dataset, on_batch: Callable[[Tensor, list[StageOutput]], None] | None = None

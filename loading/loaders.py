@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -154,9 +155,9 @@ class Tensors(tuple):
 
 
 class DeviceLoader:
-    """Move images as bytes, a quarter of what floats take, and normalise them on the device.
+    """Copy the next batch to the device, on a stream of its own, while the model works on this one.
 
-    timm's PrefetchLoader copies and normalises the next batch while the model works on this one. The numbers
+    Images may come as bytes, a quarter of what floats take, and are then normalised on the device. The numbers
     are those of a transform that normalises, up to float rounding. Erasing draws its boxes and pixels as
     timm's transform does, but in this process; it is not left to PrefetchLoader, which would draw for the
     next batch before a checkpoint after this one stores the generators' states.
@@ -164,9 +165,10 @@ class DeviceLoader:
     Attributes of the loader can be read here.
 
     Args:
-        loader: its batches start with images [B,3,S,S] uint8, from a transform made with AS_BYTES.
+        loader: its batches start with images [B,3,S,S]: uint8, from a transform made with AS_BYTES, or, without
+            `config`, float32.
         device: where batches go.
-        config: `mean` and `std` of the channels; other keys are not read.
+        config: `mean` and `std` of the channels; other keys are not read. None leaves values as they are.
         re_prob, re_mode, re_count: of random erasing, as timm.data.create_transform takes them.
     """
 
@@ -174,12 +176,13 @@ class DeviceLoader:
         self,
         loader: DataLoader,
         device: torch.device,
-        config: dict[str, Any],
+        config: dict[str, Any] | None = None,
         re_prob: float = 0.0,
         re_mode: str = "const",
         re_count: int = 1,
     ):
-        self.loader = loader
+        self.loader, self.device = loader, device
+        config = config or {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}  # which PrefetchLoader takes times 255
         self.prefetcher = PrefetchLoader(loader, config["mean"], config["std"], device=device)
         self.erase = RandomErasing(re_prob, mode=re_mode, max_count=re_count, device=device)
 
@@ -192,6 +195,16 @@ class DeviceLoader:
         return getattr(self.loader, name)
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        self.prefetcher.loader = ((images, Tensors(rest)) for images, *rest in self.loader)
-        for images, rest in self.prefetcher:
-            yield [self.erase(images) if self.erase.probability else images, *rest]
+        batches = iter(self.loader)
+        for first in batches:  # timm's earlier versions take no empty loader
+            self.prefetcher.loader = ((images, Tensors(rest)) for images, *rest in chain([first], batches))
+            for images, rest in self.prefetcher:
+                for tensor in (images, *rest) if self.device.type == "cuda" else ():
+                    # Its memory, of the other stream, must not be used again before this stream is done.
+                    tensor.record_stream(torch.cuda.current_stream(self.device))
+                yield [self.erase(images) if self.erase.probability else images, *rest]
+
+
+def prefetched(loader: DataLoader, device: torch.device) -> "DataLoader | DeviceLoader":
+    """Return a loader whose batches go to a CUDA device ahead of time; on other devices the loader itself."""
+    return DeviceLoader(loader, device) if device.type == "cuda" else loader

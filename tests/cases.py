@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[1]
 VECTORS = Path(__file__).parent / "vectors"
@@ -134,3 +136,47 @@ class Command:
                 handler.close()
             utils.log.propagate = True
         return Ended(code, *self.capsys.readouterr())
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts, while entered, what makes the host wait for a GPU: values and shapes that it asks for, copies.
+
+    Work on the CPU is counted as if its tensors were on a GPU; there `tolist` and `cpu` have no operator.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.patch = pytest.MonkeyPatch()
+
+    def __enter__(self) -> "HostWaits":
+        for name in ("tolist", "cpu", "numpy"):
+            self.patch.setattr(Tensor, name, self.counted(name, getattr(Tensor, name)))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.patch.undo()
+
+    def counted(self, name: str, method: Any) -> Any:
+        def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.counts[name] += 1
+            return method(tensor, *args, **kwargs)
+
+        return call
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "equal"):
+            self.counts[name] += 1
+        if name in ("index", "index_put", "index_put_"):
+            self.counts["nonzero"] += any(
+                index is not None and index.dtype == torch.bool for index in args[1]
+            )
+        to_host = name == "_to_copy" and str(kwargs.get("device")) == "cpu" and args[0].device.type != "cpu"
+        self.counts["copy"] += to_host and not kwargs.get("non_blocking")
+        return func(*args, **kwargs)
+
+    @property
+    def total(self) -> int:
+        return self.counts.total()

@@ -10,9 +10,11 @@ import torch
 from cases import Command
 from timm.optim import list_optimizers
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import models  # noqa: F401  (registers the models)
+from checkpointing import optimizer as optimizer_module
 from checkpointing.optimizer import load_optimizer, make_optimizer
 from utils import InputError
 
@@ -151,3 +153,46 @@ def test_parameters_without_a_gradient_have_no_state() -> None:
     head: list[Tensor] = [*model.head.parameters()]
     assert not any(parameter in optimizer.state for parameter in head)
     load_optimizer(make(model), saved(model, optimizer)["optimizer"], make, "file.pth")
+
+
+@pytest.mark.parametrize("first", ["cpu", "cuda"])
+def test_adamw_resumes_on_another_device(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused one, which runs on the CPU too, takes the plain one's state, and the other way round."""
+    # An epsilon that keeps rounding out: some gradients are nothing else.
+    make, device = partial(make_optimizer, opt="adamw", eps=1e-4, **OPTIONS), torch.device(first)
+    monkeypatch.setattr(optimizer_module, "device_of", lambda _: device)
+    model = tiny()
+    optimizer = make(model)
+    train(model, optimizer, range(2))
+    checkpoint = saved(model, optimizer)
+    train(model, optimizer, range(2, 4))
+    device = torch.device("cpu" if first == "cuda" else "cuda")
+    again = tiny()
+    again.load_state_dict(checkpoint["model"])
+    resumed = make(again)
+    load_optimizer(resumed, checkpoint["optimizer"], make, "file.pth")
+    train(again, resumed, range(2, 4))
+    fused = [[group["fused"] for group in one.state_dict()["param_groups"]] for one in (optimizer, resumed)]
+    assert fused == ([[None, None], [True, True]] if first == "cpu" else [[True, True], [None, None]])
+    assert {state["step"].item() for state in resumed.state.values()} == {4}
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+def test_counters_of_the_fused_adamw_lie_on_its_device() -> None:
+    """Its kernel takes no others; a checkpoint is read onto the CPU, and the plain one keeps them there."""
+    make, model = partial(make_optimizer, opt="adamw", **OPTIONS), tiny()
+    optimizer = make(model)
+    train(model, optimizer, range(1))
+    state = saved(model, optimizer)["optimizer"]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        groups = [
+            group | {"params": [nn.Parameter(torch.empty(p.shape, device="cuda")) for p in group["params"]]}
+            for group in optimizer.param_groups
+        ]
+        resumed = make([{"params": group["params"]} for group in groups])
+        load_optimizer(resumed, state, make, "file.pth")
+        assert {value["step"].device.type for value in resumed.state.values()} == {"cuda"}
+        for parameter in resumed.state:
+            parameter.grad = torch.empty_like(parameter)
+        resumed.step()

@@ -431,7 +431,10 @@ def test_a_loss_that_is_not_finite(
         assert np.isfinite(json.loads((tmp_path / "run" / "log.txt").read_text())["train_loss"])
 
 
-def test_a_gradient_that_is_not_finite(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("amp", ["none", "fp16"])
+def test_a_gradient_that_is_not_finite(amp: str, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops at once, or when halving the scale of fp16 gradients has not helped: here from 2e-4 on."""
+
     class Steep(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, loss: Tensor) -> Tensor:
@@ -444,10 +447,12 @@ def test_a_gradient_that_is_not_finite(train: Train, monkeypatch: pytest.MonkeyP
     criterion = Spoiled(set())
     objective = Objective(lambda *batch: Steep.apply(criterion(*batch)))
     monkeypatch.setattr(main_deit, "make_objective", lambda *_: objective)
-    ended = train("run", "--mixup", 0, "--cutmix", 0)
-    assert ended.code == 1 and re.search(
-        r"the gradient norm is (nan|inf) at epoch 0, step 0", one_line(ended)
-    )
+    monkeypatch.setattr(torch.amp.GradScaler.__init__, "__defaults__", ("cuda", 2e-4, 2.0, 0.5, 2000, True))
+    ended = train("run", "--mixup", 0, "--cutmix", 0, "--amp", amp, "--print-freq", 2)
+    place = "the gradient norm is (nan|inf) at epoch 0, step 0"
+    if amp == "fp16":
+        place = "the scale of fp16 gradients has fallen to 5e-05 at epoch 0, step 2: .* --amp bf16"
+    assert ended.code == 1 and re.search(place, one_line(ended))
 
 
 # Two runs, one folder
@@ -544,5 +549,7 @@ def test_deterministic_mode(train: Train) -> None:
     try:
         assert train("run", "--epochs", 1, "--deterministic").code == 0
         assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"]
+        assert not torch.utils.deterministic.fill_uninitialized_memory
     finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
         torch.use_deterministic_algorithms(False)
