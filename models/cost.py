@@ -24,7 +24,7 @@ CHEAP = {
     max_pool2d avg_pool2d relu_ silu silu_ hardswish hardswish_ hardtanh_ sqrt rsqrt roll
     gather scatter scatter_ unflatten tensor_split index index_select arange repeat expand_as pad ge gt le lt
     eq ne bitwise_not bitwise_and __and__ ones_like zeros_like
-    dropout_ im2col repeat_interleave reshape_as clamp_min cos sin
+    dropout_ im2col unfold repeat_interleave reshape_as clamp_min cos sin
     linalg_vector_norm col2im square hardsigmoid
     new_ones new_zeros scatter_add scatter_reduce index_add minimum maximum abs norm var logical_and
     logical_or logical_not amin aminmax cumprod fill_ one_hot softplus erf rms_norm

@@ -18,11 +18,35 @@ from utils import InputError
 
 Window = tuple[int, int, int]  # kernel, stride and padding of an unfold
 LATER: Window = (3, 2, 1)  # the second and the third unfold
+ROWS = 4096  # windows of the first unfold that are attended to at once on a CPU
 
 
 def grid_sides(side: int, window: Window) -> list[int]:
     """Sides of the grids after the first unfold of an image, `window`, and after the two later ones."""
     return [side := (side + 2 * p - k) // s + 1 for k, s, p in (window, LATER, LATER)]
+
+
+def windows(x: Tensor, window: Window) -> Tensor:
+    """Return the overlapping windows of a grid [B,h,w,C], zeros around it, as [B,N,k*k*C].
+
+    nn.Unfold has the k*k numbers of a channel side by side; here the C of a pixel are, as in memory, so that
+    whole rows of a window are copied. `by_pixel` puts weights into this order.
+    """
+    k, stride, p = window
+    x = F.pad(x, (0, 0, p, p, p, p)).unfold(1, k, stride).unfold(2, k, stride)  # [B,h',w',C,k,k]
+    return x.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(1, 2)
+
+
+def by_pixel(weight: Tensor, channels: int) -> Tensor:
+    """Reorder the inputs of weights [...,C*k*k] of windows from that of nn.Unfold to that of `windows`."""
+    return weight.unflatten(-1, (channels, -1)).transpose(-2, -1).flatten(-2)
+
+
+def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, channels: int) -> Tensor:
+    """Return `linear(norm(x))` of windows [B,N,k*k*C]."""
+    scale, shift = by_pixel(norm.weight, channels), by_pixel(norm.bias, channels)
+    x = F.layer_norm(x, scale.shape, scale, shift, norm.eps)
+    return F.linear(x, by_pixel(linear.weight, channels), linear.bias)
 
 
 def sinusoid(count: int, dim: int) -> Tensor:
@@ -52,10 +76,12 @@ class TokenPerformer(nn.Module):
         w = self.w.float()
         return (F.linear(x, w) - x.pow(2).sum(dim=-1, keepdim=True) / 2).exp() / len(w) ** 0.5
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B,N,dim] to [B,N,width]."""
+    def forward(self, x: Tensor, channels: int = 1) -> Tensor:
+        """`windows` [B,N,dim] of so many channels to [B,N,width]."""
         with torch.autocast(x.device.type, enabled=False):
-            k, q, v = self.kqv(self.norm1(x.to(self.kqv.weight.dtype))).chunk(3, dim=-1)
+            k, q, v = norm_linear(x.to(self.kqv.weight.dtype), self.norm1, self.kqv, channels).chunk(
+                3, dim=-1
+            )
             k, q = self.features(k.float()), self.features(q.float())  # [B,N,m]
             out = q @ (k.transpose(1, 2) @ v.float()) / (q @ k.sum(dim=1)[..., None] + 1e-8)  # [B,N,c]
             x = v + self.drop(self.proj(out.to(v.dtype)))
@@ -71,9 +97,11 @@ class TokenTransformer(nn.Module):
         layers = {"qkv": nn.Linear(dim, 3 * width, bias=False), "proj": nn.Linear(width, width)}
         self.attn, self.mlp = nn.ModuleDict(layers), Mlp(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B,N,dim] to [B,N,width]."""
-        q, k, v = self.attn["qkv"](self.norm1(x))[:, None].chunk(3, dim=-1)  # each [B,1,N,c]
+    def forward(self, x: Tensor, channels: int = 1) -> Tensor:
+        """`windows` [B,N,dim] of so many channels to [B,N,width]."""
+        q, k, v = norm_linear(x, self.norm1, self.attn["qkv"], channels)[:, None].chunk(
+            3, dim=-1
+        )  # each [B,1,N,c]
         out = F.scaled_dot_product_attention(q, k, v, scale=x.shape[-1] ** -0.5)
         x = (v + self.attn["proj"](out))[:, 0]
         return x + self.mlp(self.norm2(x))
@@ -91,18 +119,24 @@ class TokensToToken(nn.Module):
             raise InputError(f"tokens_type is {tokens_type!r}: take one of {', '.join(TOKENISERS)}")
         if not isinstance(token_dim, int) or token_dim < 2:
             raise InputError(f"token_dim is {token_dim!r}: take a whole number from 2 up")
-        unfolds = [nn.Unfold(k, stride=s, padding=p) for k, s, p in (window, LATER, LATER)]
-        self.sides, self.unfolds = sides, nn.ModuleList(unfolds)
+        self.sides, self.window, self.token_dim = sides, window, token_dim
         self.attention1 = TOKENISERS[tokens_type](3 * window[0] ** 2, token_dim)
         self.attention2 = TOKENISERS[tokens_type](token_dim * LATER[0] ** 2, token_dim)
         self.project = nn.Linear(token_dim * LATER[0] ** 2, embed_dim)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B,3,S,S] to [B,P,C]."""
-        first, second, third = self.unfolds
-        x = self.attention1(first(images).transpose(1, 2)).transpose(1, 2).unflatten(2, (self.sides[0], -1))
-        x = self.attention2(second(x).transpose(1, 2)).transpose(1, 2).unflatten(2, (self.sides[1], -1))
-        return self.project(third(x).transpose(1, 2))
+        if images.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return self.tokens(images)
+        # In parts that stay in the cache; large batches take memory from the system at every operation.
+        return torch.cat([self.tokens(part) for part in images.split(ROWS // self.sides[0] ** 2 or 1)])
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """What `forward` returns, all at once."""
+        x = self.attention1(windows(images.permute(0, 2, 3, 1), self.window), images.shape[1])
+        x = self.attention2(windows(x.unflatten(1, (self.sides[0], -1)), LATER), self.token_dim)
+        x = windows(x.unflatten(1, (self.sides[1], -1)), LATER)
+        return F.linear(x, by_pixel(self.project.weight, self.token_dim), self.project.bias)
 
 
 # The training of DVT's larger model, on T2T-ViT's code; batches of 512.

@@ -11,7 +11,16 @@ from safetensors.torch import load_file
 
 import models  # noqa: F401  (registers the models)
 from models.cost import exit_gflops
-from models.t2t import T2TViT, TokenPerformer, TokensToToken, TokenTransformer, grid_sides, sinusoid
+from models.t2t import (
+    T2TViT,
+    TokenPerformer,
+    TokensToToken,
+    TokenTransformer,
+    by_pixel,
+    grid_sides,
+    sinusoid,
+    windows,
+)
 
 CASES = ["dvt_t2t_a", "dvt_t2t_b", "dvt_t2t_epsilons", "dvt_t2t_token_transformer"]
 WINDOWS = [(14, 8, 3), (11, 6, 5), (7, 4, 2)]
@@ -38,16 +47,41 @@ def test_tokens_equal_the_published_codes(stem: str, exit: int) -> None:
     sides = grid_sides(224, window)
     module = TokensToToken(ctor["embed_dim"], sides, window, ctor["tokens_type"], ctor["token_dim"])
     prefix = f"{models.dvt.PREFIXES[exit]}.tokens_to_token."
-    parts = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    module.load_state_dict(parts)
-    found = {}
-    for name, part in {"t2t_stage1": module.attention1, "t2t_stage2": module.attention2}.items():
-        part.register_forward_hook(lambda part, x, out, name=name: found.update({name: out}))
-    found["tokens"] = module.eval()(image)
+    own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    module.load_state_dict(own)
+    parts = {"t2t_stage1": [], "t2t_stage2": []}
+    for name, part in zip(parts, (module.attention1, module.attention2), strict=True):
+        part.register_forward_hook(lambda part, x, out, name=name: parts[name].append(out))
+    found = {"tokens": module.eval()(image)} | {name: torch.cat(values) for name, values in parts.items()}
     assert found["tokens"].shape[1] == sides[-1] ** 2
     for name, value in found.items():
         wanted = torch.from_numpy(expected[f"inter.exit{exit}.{name}_s0n6"])
         torch.testing.assert_close(value[0, :6], wanted, atol=meta["tolerance"]["atol"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [*WINDOWS, (3, 2, 1)])
+@pytest.mark.parametrize("shape", [(2, 3, 45, 45), (1, 5, 14, 17)])
+def test_windows_are_those_of_unfold_in_another_order(window: tuple, shape: tuple) -> None:
+    k, stride, padding = window
+    x = torch.randn(shape, requires_grad=True)
+    wanted = F.unfold(x, k, stride=stride, padding=padding).transpose(1, 2)
+    own = windows(x.permute(0, 2, 3, 1), window)
+    assert torch.equal(own, by_pixel(wanted, shape[1]))
+    weight = torch.randn_like(wanted)
+    (mine,) = torch.autograd.grad(own, x, by_pixel(weight, shape[1]))
+    torch.testing.assert_close(mine, *torch.autograd.grad(wanted, x, weight))
+
+
+@torch.no_grad()
+def test_parts_of_a_batch_are_tokenised_as_the_whole() -> None:
+    """On a CPU in parts, but for a backward pass; here of 7 images, the last of 3."""
+    module, images = tiny(img_size=96).eval().tokens_to_token, torch.randn(10, 3, 96, 96)
+    sizes: list[int] = []
+    module.attention1.register_forward_hook(lambda part, x, out: sizes.append(len(out)))
+    with torch.enable_grad():
+        whole = module(images)
+    torch.testing.assert_close(module(images), whole, atol=1e-6, rtol=1e-5)
+    assert sizes == [10, 7, 3]
 
 
 @pytest.mark.parametrize("stem", CASES)
