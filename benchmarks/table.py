@@ -3,14 +3,18 @@
 A row's figure is the ratio of the two, since a drift of the machine affects both equally.
 """
 
+import math
 import re
 import statistics
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import timm
 import torch
+import torch._dynamo
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from benchmarks.timing import (
     Workload,
@@ -25,7 +29,7 @@ from benchmarks.timing import (
 from engine import Precision
 from inference.streaming import compile_models, uncompile
 from models import Adaptive, flags
-from models.cost import fit_knob
+from models.cost import exit_gflops, fit_knob
 from models.weights import baseline_model
 from utils import InputError, log
 
@@ -35,6 +39,11 @@ COLUMNS = """
 """.split()
 Row = dict[str, Any]
 FITTED = 8  # images on which a share of the cost is set
+CLOSE = 0.005  # share of a target by which the ends of what can be reached may miss it
+PASS = 4  # batches of a pass where every batch has a cost of its own
+EAGER = "eager"
+# Every batch size is compiled for its own shapes, and no model uses up the recompilations of another.
+STATIC = dict(automatic_dynamic_shapes=False, recompile_limit=64, accumulated_recompile_limit=4096)
 COST_SHARES = (1.0, 0.78, 0.65)  # of the full cost, where the image decides on it
 
 
@@ -65,6 +74,7 @@ class Options(NamedTuple):
     Attributes:
         img_size: side of the images in pixels; None for each model's own.
         exit_share: see `operating_points`.
+        target_gflops: mean cost of an image to choose the operating point for; None for the usual ones.
         max_batch: limit of the batch size "auto".
         compile: mode of torch.compile for the stages, or for the whole model where it trains; None for eager.
         train: time training steps, with all stages on all images, instead of inference.
@@ -74,6 +84,7 @@ class Options(NamedTuple):
 
     img_size: int | None = None
     exit_share: float | None = None
+    target_gflops: float | None = None
     max_batch: int = 4096
     compile: str | None = None
     train: bool = False
@@ -112,12 +123,13 @@ class TimedModel:
 
     @torch.inference_mode()
     def mean_gflops(self, workload: Workload, precision: Precision) -> float | None:
-        """Run the workload; return the mean cost of its images at the exits that they take."""
-        exits = [taken.cpu() for _, taken in workload.run(workload.batches)]
+        """Run a pass batch by batch; return the mean cost of its images at the exits that they take."""
         if self.gflops is None:
             return None
         fixed, paid = torch.tensor([0.0, *self.gflops], dtype=torch.float64).diff(), []
-        for batch, taken in zip(workload.batches, exits, strict=True):
+        for batch in workload.batches:
+            ((_, exits),) = workload.run([batch])
+            taken = exits.cpu()
             stages = fixed.repeat(len(batch), 1)  # [B,E]
             if self.cost_varies:
                 with precision.autocast():
@@ -127,6 +139,79 @@ class TimedModel:
                         stages[:, k] = cost.cpu()
             paid.append(stages.cumsum(dim=1).gather(1, taken[:, None]))
         return torch.cat(paid).mean().item()
+
+    def reachable(self) -> tuple[float, float]:
+        """Return the least and the most that an image can cost on average, in GFLOPs, as `aim` sets it.
+
+        Raises:
+            InputError: the GFLOPs cannot be counted.
+        """
+        if self.gflops is None:
+            raise InputError(f"--target-gflops: the GFLOPs of {self.text} cannot be counted")
+        if len(self.gflops) > 1:
+            return self.gflops[0], statistics.mean(self.gflops[1:])
+        if not self.model.knobs:
+            return self.gflops[0], self.gflops[0]
+        name, (_, *ends) = next(iter(self.model.knobs.items()))
+        costs, before = [], getattr(self.model, name)
+        for end in ends:
+            setattr(self.model, name, end)
+            costs.append(self.cost_at_knob())
+        setattr(self.model, name, before)
+        return min(costs), max(costs)
+
+    def cost_at_knob(self) -> float:
+        """Return what an image costs, on average over a few where that varies, in GFLOPs."""
+        if not self.cost_varies:
+            return exit_gflops(self.model)[-1]
+        side, device = self.model.img_size, next(self.model.parameters()).device
+        images = torch.rand(
+            FITTED, 3, side, side, device=device, generator=torch.Generator(device).manual_seed(0)
+        )
+        return sum(cost.mean().item() for cost in self.stage_costs(images) if cost is not None)
+
+    def aim(self, target: float) -> "Point":
+        """Return the point at which an image costs so many GFLOPs on average.
+
+        A share of the images leaves at the first exit, the rest evenly at the others. A model of one exit has
+        its first knob moved: now, or for the images themselves where its cost depends on them.
+
+        Raises:
+            InputError: it can cost neither so little nor so much.
+        """
+        low, high = self.reachable()
+        if not low * (1 - CLOSE) <= target <= high * (1 + CLOSE):
+            span = f"{low:.3f} to {high:.3f}" if high > low else f"{low:.3f}, always"
+            raise InputError(f"--target-gflops {target:g}: {self.text} costs {span}")
+        if len(self.gflops) > 1:
+            share = min(max((high - target) / (high - low), 0.0), 1.0)
+            *_, point = operating_points(len(self.gflops), share)
+            return point._replace(name=f"{target:g} GFLOPs: {point.name}")
+        if self.cost_varies and self.model.knobs:
+            return Point(
+                f"{target:g} GFLOPs: {100 * target / high:.3g} % of its most", [1.0], min(target / high, 1.0)
+            )
+        if self.model.knobs:
+            value = self.turn_knob(target)
+            return Point(f"{target:g} GFLOPs: {next(iter(self.model.knobs))} {value:.4g}", [1.0])
+        return Point(f"{target:g} GFLOPs: one exit", [1.0])
+
+    def turn_knob(self, target: float) -> float:
+        """Move the first knob to where an image costs about `target` GFLOPs, and return its value."""
+        name, (kind, low, high) = next(iter(self.model.knobs.items()))
+
+        def distance(value: float) -> float:
+            setattr(self.model, name, value)
+            return self.cost_at_knob() - target
+
+        cheap, dear = sorted((low, high), key=distance)
+        for _ in range(12):
+            middle = kind((cheap + dear) / 2)
+            cheap, dear = (cheap, middle) if distance(middle) > 0 else (middle, dear)
+        value = min((cheap, dear), key=lambda end: abs(distance(end)))
+        setattr(self.model, name, value)
+        self.gflops = exit_gflops(self.model)
+        return value
 
 
 class Point(NamedTuple):
@@ -169,23 +254,52 @@ def operating_points(exits: int, share: float | None = None, cost_varies: bool =
 
 
 def peak_memory(model: Adaptive, workload: Workload) -> float | None:
-    """Run the workload; return the MiB of GPU memory for weights, images and a pass, None without a GPU."""
-    device = workload.batches[0].device
+    """Run one batch; return the MiB of GPU memory for weights, images and the work, None without a GPU.
+
+    Nothing may be compiled: what CUDA graphs hold is not counted by PyTorch as allocated.
+    """
+    device = next(model.parameters()).device
     if device.type != "cuda":
         return None
-    own = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers(), *workload.batches])
+    own = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    workload.run(workload.batches)
+    workload.run(workload.first(1))
     return (torch.cuda.max_memory_allocated(device) - before + own) / 2**20
 
 
 class Bench:
-    """Measures rows against one baseline."""
+    """Measures rows against one baseline, which is compiled once for each batch size."""
 
     def __init__(self, baseline: ModelSpec, precision: Precision, options: Options):
         self.spec, self.precision, self.options = baseline, precision, options
         self.baseline = TimedModel(baseline, options.img_size, precision.device)
+        self.baselines: dict[int, Workload] = {}  # by batch size
+        self.methods: dict[Adaptive, dict[str, Callable]] = {}  # of compiled models
+        if options.compile:
+            torch._dynamo.reset()  # recompilations of earlier models do not count
+
+    def timed_model(self, spec: ModelSpec) -> TimedModel:
+        same = spec == self.spec
+        return self.baseline if same else TimedModel(spec, self.options.img_size, self.precision.device)
+
+    def check_target(self, specs: list[ModelSpec]) -> None:
+        """Check, before anything is timed, that all models can cost what is aimed at.
+
+        Raises:
+            InputError: one cannot.
+        """
+        for spec in specs if self.options.target_gflops else ():
+            self.timed_model(spec).aim(self.options.target_gflops)
+
+    def points(self, timed: TimedModel) -> list[Point]:
+        """Return what a model is timed at."""
+        options, model = self.options, timed.model
+        if options.train:
+            return TRAINING
+        if options.target_gflops:
+            return [timed.aim(options.target_gflops)]
+        return operating_points(model.num_exits, options.exit_share, timed.cost_varies and bool(model.knobs))
 
     def rows(self, spec: ModelSpec, batch_sizes: list[int | str]) -> list[Row]:
         """Return all rows of a model; where it fails, a row says so.
@@ -194,18 +308,15 @@ class Bench:
             spec: the model.
             batch_sizes: numbers or "auto".
         """
-        options, baseline = self.options, self.baseline
         try:
-            timed = (
-                baseline if spec == self.spec else TimedModel(spec, options.img_size, self.precision.device)
-            )
+            timed = self.timed_model(spec)
+            points = self.points(timed)
         except Exception as error:  # whatever a model raises belongs into its row
             return [failed({"model": spec.text, "batch_size": size}, error) for size in batch_sizes]
-        points, model = TRAINING, timed.model
-        if not options.train:
-            cost_varies = timed.cost_varies and bool(model.knobs)
-            points = operating_points(model.num_exits, options.exit_share, cost_varies)
-        return [row for size in batch_sizes for row in self.rows_of_size(timed, size, points)]
+        rows = [row for size in batch_sizes for row in self.rows_of_size(timed, size, points)]
+        if timed is not self.baseline:
+            self.methods.pop(timed.model, None)
+        return rows
 
     def rows_of_size(self, timed: TimedModel, size: int | str, points: list[Point]) -> list[Row]:
         cells, rows = timed.cells(), []
@@ -230,10 +341,12 @@ class Bench:
         if options.train:
             return training_workload(model, self.precision, batch_size, options.seed)
         shares = point.shares if point else [0.0] * (model.num_exits - 1) + [1.0]
-        pad = bool(options.compile)
-        workload = exit_workload(model, self.precision, batch_size, shares, options.seed, pad)
+        pad, batches = bool(options.compile), 1
+        if timed.cost_varies:
+            batches = max(PASS, math.ceil(FITTED / batch_size))
+        workload = exit_workload(model, self.precision, batch_size, shares, options.seed, pad, batches)
         if point and point.cost is not None:
-            fit_knob(model, torch.cat(workload.batches)[:FITTED], point.cost)
+            fit_knob(model, workload.batches.images[:FITTED], point.cost)
         return workload
 
     def largest(self, timed: TimedModel, points: list[Point]) -> int:
@@ -246,38 +359,61 @@ class Bench:
 
         return largest_batch(run, self.options.max_batch)
 
-    def compile(self, workloads: dict[Adaptive, Workload]) -> bool:
-        """Compile all models or none: a compiled and an eager one have no ratio."""
-        runs = {model: partial(work.run, work.batches) for model, work in workloads.items()}
-        mode, train = self.options.compile, self.options.train
-        reason = compile_models(runs, *(("default", ("forward",)) if train else (mode,)))
-        if reason:
-            log.info("not compiled: %s", reason)
-        return reason is None
-
     def once(self, workload: Workload) -> Workload:
-        workload.run(workload.batches[:1])
+        workload.run(workload.first(1))
         return workload
+
+    def baseline_workload(self, batch_size: int) -> Workload:
+        if batch_size not in self.baselines:
+            self.baselines[batch_size] = self.once(self.workload(self.baseline, batch_size))
+        return self.baselines[batch_size]
+
+    def compile(self, workloads: dict[Adaptive, Workload]) -> str:
+        """Compile all models or none, since a compiled and an eager one have no ratio; return how they run.
+
+        A model that was compiled before only compiles shapes that are new to it.
+        """
+        mode, names = self.options.compile, ("forward",) if self.options.train else ()
+        skipped = counters["inductor"]["cudagraph_skips"]
+        for model, work in workloads.items():
+            vars(model).update(self.methods.get(model, {}))
+            run = partial(self.once, work)
+            try:
+                if model in self.methods:
+                    run()
+                elif reason := compile_models({model: run}, mode, names, reset=False):
+                    raise RuntimeError(reason)
+            except Exception as error:
+                log.info("not compiled: %s", one_line(error))
+                uncompile(workloads)
+                return EAGER
+            own = vars(model)
+            self.methods[model] = {name: own[name] for name in ("forward", *model.compiled) if name in own}
+        without = counters["inductor"]["cudagraph_skips"] - skipped
+        return f"{mode}, {without} graphs skipped" if without else mode
 
     def measure(self, timed: TimedModel, batch_size: int, point: Point) -> Row:
         """Return the cells that follow from running a model."""
-        options, device, row = self.options, self.precision.device, Row()
+        options, row = self.options, Row()
         workload = self.workload(timed, batch_size, point)
+        row["peak_memory_mib"] = peak_memory(timed.model, self.once(workload))
         try:
-            baseline = self.once(self.workload(self.baseline, batch_size))
+            baseline = self.baseline_workload(batch_size)
         except Exception as error:  # the model's own speed is still worth a row
             baseline, row["error"] = None, f"baseline: {one_line(error)}"
-        workloads = {timed.model: workload} | ({self.baseline.model: baseline} if baseline else {})
-        row["compiled"] = bool(options.compile) and self.compile(workloads)
+        workloads = ({self.baseline.model: baseline} if baseline else {}) | {timed.model: workload}
         try:
-            row["gflops"] = timed.gflops and timed.gflops[-1]
-            if not options.train:
-                row["gflops"] = timed.mean_gflops(workload, self.precision)
-            row["peak_memory_mib"] = peak_memory(timed.model, workload)
-            in_turn = [baseline, workload] if baseline else [workload]
-            *theirs, ours = time_in_turn(in_turn, device, options.repeats, options.seconds, options.warmup)
-            if batch_size == 1:
-                row["latency_p50_ms"], row["latency_p99_ms"] = latencies(workload, device)
+            with torch._dynamo.config.patch(STATIC):
+                if options.compile:
+                    row["compiled"] = self.compile(workloads)
+                row["gflops"] = timed.gflops and timed.gflops[-1]
+                if not options.train:
+                    row["gflops"] = timed.mean_gflops(workload, self.precision)
+                in_turn = [baseline, workload] if baseline else [workload]
+                sampling = options.repeats, options.seconds, options.warmup
+                *theirs, ours = time_in_turn(in_turn, self.precision.device, *sampling)
+                if batch_size == 1:
+                    row["latency_p50_ms"], row["latency_p99_ms"] = latencies(workload, self.precision.device)
         finally:
             uncompile(workloads)
             for model in workloads:

@@ -4,23 +4,27 @@ Images are random, and the weights may be: what a network costs does not depend 
 that an image takes. So thresholds follow from the confidences on these very images.
 """
 
+import gc
 import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import cycle, islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from timm.loss import LabelSmoothingCrossEntropy
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from engine import Precision, cascade
+from checkpointing.optimizer import make_optimizer
+from engine import Objective, Precision, Update, cascade, train_one_epoch
 from inference.streaming import ExitStream
 from loading.loaders import to_device
 from models import Adaptive
@@ -28,24 +32,23 @@ from models.cost import exit_gflops
 from models.exits import confidence, force_exits
 from utils import device_name, log
 
+LAST_EPOCH = 10**6  # at which every schedule has ended
 POOL = 50  # images over which a share of exits is counted: one batch of one image has no share
 MOST = 10  # batches of a pass, where the pool does not take more
+DIFFERENT = 512  # images in memory, where two batches do not take more; a larger pass repeats them
 Result = TypeVar("Result")
 
 
 def timed(run: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
     """Return the result of a call and its seconds, by events on CUDA; the device is idle at both ends."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        result = run()
-        return result, max(time.perf_counter() - start, 1e-9)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    start.record(torch.cuda.current_stream(device))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = mark(device)
     result = run()
-    end.record(torch.cuda.current_stream(device))
-    torch.cuda.synchronize(device)
-    return result, max(start.elapsed_time(end) / 1000, 1e-9)
+    end = mark(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, max(seconds_between(start, end), 1e-9)
 
 
 def rates_in_turn(samples: list[Callable[[], int]], device: torch.device, repeats: int) -> list[list[float]]:
@@ -64,12 +67,26 @@ def rates_in_turn(samples: list[Callable[[], int]], device: torch.device, repeat
     return rates
 
 
+def mark(device: torch.device) -> "float | torch.cuda.Event":
+    """Return the present, in seconds or, on CUDA, as an event of the device's work; nothing waits."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def seconds_between(start: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
+    """Return the seconds between two marks of a device that is idle now."""
+    return end - start if isinstance(end, float) else start.elapsed_time(end) / 1000
+
+
 class Timing(NamedTuple):
     """One pass over a loader.
 
     Attributes:
         images: how many were seen.
-        model: seconds inside the model.
+        model: seconds inside the model; on CUDA without those in which the device waits for a batch.
         total: seconds in all, loading and transfer included.
         outputs: what the model's runs returned, batch by batch.
         targets: the labels, batch by batch.
@@ -89,7 +106,7 @@ class Timing(NamedTuple):
 def time_pass(
     run: Callable[[Iterable[Tensor]], Iterable[Any]], loader: DataLoader, device: torch.device, warmup: int
 ) -> Timing:
-    """Time `run(batches of images)` over a data set.
+    """Time `run(batches of images)` over a data set; loading goes on while CUDA works, as without a clock.
 
     Args:
         run: the work, on batches that are on the device.
@@ -97,16 +114,16 @@ def time_pass(
         device: that the work runs on.
         warmup: untimed runs on the first batch.
     """
-    loading, targets = 0.0, []
+    marks, targets = [], []  # of when a batch is asked for, and of when it is there
 
     def feed() -> Iterator[Tensor]:
-        nonlocal loading
         batches = (to_device(batch, device) for batch in loader)
         while True:
-            batch, seconds = timed(lambda: next(batches, None), device)
+            asked = mark(device)
+            batch = next(batches, None)
             if batch is None:
                 return
-            loading += seconds
+            marks.append((asked, mark(device)))
             targets.append(batch[1])
             yield batch[0]
 
@@ -114,29 +131,68 @@ def time_pass(
         images, _ = to_device(batch, device)
         list(run([images] * warmup))
     outputs, total = timed(lambda: list(run(feed())), device)
-    return Timing(sum(map(len, targets)), total - loading, total, outputs, targets)
+    loading = sum(seconds_between(asked, there) for asked, there in marks)
+    return Timing(sum(map(len, targets)), max(total - loading, 1e-9), total, outputs, targets)
+
+
+class Batches:
+    """Batches of images [B,3,S,S] from a pool; every iteration puts them together anew.
+
+    So work whose shapes follow from a batch's images does not meet the same ones again.
+
+    Args:
+        images: the pool [n,3,S,S], every image of which is in a pass equally often.
+        batch_size: images per batch.
+        number: of batches, a multiple of n images.
+        precision: has the images' memory format.
+        seed: of their order.
+    """
+
+    def __init__(self, images: Tensor, batch_size: int, number: int, precision: Precision, seed: int):
+        self.images, self.batch_size, self.number, self.precision = images, batch_size, number, precision
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __iter__(self) -> Iterator[Tensor]:
+        times = self.number * self.batch_size // len(self.images)
+        # A batch of the whole pool is one image after the other: there is nothing to put together.
+        if self.number == times == 1:
+            yield self.precision.place([self.images])[0]
+            return
+        orders = [torch.randperm(len(self.images), generator=self.generator) for _ in range(times)]
+        for rows in torch.cat(orders).to(self.images.device).split(self.batch_size):
+            yield self.precision.place([self.images[rows]])[0]
 
 
 class Workload(NamedTuple):
     """What is timed.
 
     Attributes:
-        run: called with batches; one call is one pass.
+        run: called with batches.
         batches: of images [B,3,S,S]; all of them are one pass, the least that is timed.
     """
 
     run: Callable[[Iterable[Tensor]], Any]
-    batches: list[Tensor]
+    batches: Batches | list[Tensor]
 
-    def images(self) -> int:
-        """Return the number of images of one pass."""
-        return sum(map(len, self.batches))
+    def first(self, number: int) -> Iterator[Tensor]:
+        """Yield so many batches, pass after pass."""
+        return islice(chain.from_iterable(repeat(self.batches)), number)
 
     def sample(self, passes: int = 1) -> int:
-        """Run so many passes; return their number of images."""
-        for _ in range(passes):
-            self.run(self.batches)
-        return passes * self.images()
+        """Run so many passes in one; return their number of images."""
+        images = 0
+
+        def counted() -> Iterator[Tensor]:
+            nonlocal images
+            for batch in self.first(passes * len(self.batches)):
+                images += len(batch)
+                yield batch
+
+        self.run(counted())
+        return images
 
 
 def time_in_turn(
@@ -153,7 +209,7 @@ def time_in_turn(
     """
     samples = []
     for workload in workloads:
-        workload.run(islice(cycle(workload.batches), warmup))
+        workload.run(workload.first(warmup))
         _, once = timed(workload.sample, device)
         samples.append(partial(workload.sample, math.ceil(seconds / once) or 1))
     return rates_in_turn(samples, device, repeats)
@@ -185,6 +241,27 @@ def batches_of_pass(batch_size: int, shares: list[float]) -> int:
     return min(range(least, max(least, MOST) + 1), key=lambda number: round(waste(number), 6))
 
 
+def images_of_pool(batch_size: int, number: int) -> int:
+    """Return how many different images a pass of so many batches is made of: all of them, or a divisor."""
+    most = max(DIFFERENT // batch_size, 2)  # batches
+    return batch_size * max(k for k in range(1, number + 1) if number % k == 0 and k <= most)
+
+
+def draw_images(model: Adaptive, precision: Precision, batch_size: int, seed: int) -> Tensor:
+    """Return a batch of random images [B,3,S,S] on the device."""
+    device, side = precision.device, model.img_size
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.rand(batch_size, 3, side, side, device=device, generator=generator)
+
+
+def early_confidence(model: Adaptive, precision: Precision, images: Tensor) -> Tensor:
+    """Return the confidence [B,E-1] of every exit but the last in images [B,3,S,S], on the CPU."""
+    early = model.num_exits - 1
+    with precision.autocast():
+        steps = islice(cascade(model, images, [math.inf] * early), early)  # the last stage is not needed
+        return torch.stack([confidence(step.output.logits).cpu() for step in steps], dim=1)
+
+
 def exit_workload(
     model: Adaptive,
     precision: Precision,
@@ -192,6 +269,7 @@ def exit_workload(
     shares: list[float],
     seed: int = 0,
     pad: bool = False,
+    batches: int = 1,
 ) -> Workload:
     """Return early exit on random images of which these shares leave at each exit.
 
@@ -202,6 +280,7 @@ def exit_workload(
         shares: one per exit, of sum 1; rounded to whole images of a pass.
         seed: of the images.
         pad: see `streaming.ExitStream`.
+        batches: of a pass where no image leaves early; of more than one, no two are the same.
 
     Returns:
         Its `run` gives logits [b,K] and the exits taken [b] of each batch.
@@ -210,48 +289,59 @@ def exit_workload(
         ValueError: the confidences are too close, see `force_exits`.
     """
     early = any(shares[:-1])
-    number = batch_size * batches_of_pass(batch_size, shares) if early else batch_size
-    edges = [round(number * sum(shares[: k + 1])) for k in range(len(shares))]
+    number = batches_of_pass(batch_size, shares) if early else batches
+    count = images_of_pool(batch_size, number)
+    edges = [round(count * sum(shares[: k + 1])) for k in range(len(shares))]
     counts = [high - low for low, high in zip([0, *edges], edges, strict=False)]
-    # Twice as many images as are timed, so that those nearest to a threshold can be left out.
-    device, side = precision.device, model.img_size
-    generator = torch.Generator(device).manual_seed(seed)
-    images = torch.rand(2 * number if early else number, 3, side, side, device=device, generator=generator)
-    sure = torch.zeros(len(images), len(shares) - 1)
+    # Draw twice as many images as are timed, so that those nearest to a threshold can be left out. They are
+    # drawn batch by batch, and once more when it is known which ones are wanted: few are in memory at once.
+    parts = (2 if early else 1) * count // batch_size
+    sure = torch.zeros(parts * batch_size, len(shares) - 1)
+    draw = partial(draw_images, model, precision, batch_size)
+    seeds = [seed + 65536 * k for k in range(parts)]  # apart from those of other runs; 32 bits are used
     if early:
-        for part, cells in zip(images.split(batch_size), sure.split(batch_size), strict=True):
-            with precision.autocast():
-                steps = cascade(model, part, [math.inf] * (len(shares) - 1))
-                for k, step in enumerate(islice(steps, len(shares) - 1)):  # the last stage is not needed
-                    cells[:, k] = confidence(step.output.logits)
+        sure = torch.cat([early_confidence(model, precision, draw(number)) for number in seeds])
     rows, thresholds = force_exits(sure, counts)
-    # Images of all exits are mixed, as in a data set.
-    mixed = torch.randperm(number, generator=torch.Generator().manual_seed(seed))
-    (images,) = precision.place([images[rows[mixed].to(device)]])
+    side, filled = model.img_size, 0
+    images = torch.empty(count, 3, side, side, device=precision.device)
+    for k in range(parts):
+        own = rows[rows // batch_size == k] % batch_size
+        images[filled : filled + len(own)] = draw(seeds[k])[own.to(images.device)]
+        filled += len(own)
     stream = ExitStream(model, precision, thresholds, batch_size, pad)
-    return Workload(lambda batches: list(stream(batches)), list(images.split(batch_size)))
+    drawn = Batches(images, batch_size, number, precision, seed)
+    return Workload(lambda batches: list(stream(batches)), drawn)
 
 
 def training_workload(model: Adaptive, precision: Precision, batch_size: int, seed: int = 0) -> Workload:
-    """Return training steps with AdamW on random images and labels, the model's schedules at their end."""
-    device, side = precision.device, model.img_size
-    generator = torch.Generator(device).manual_seed(seed)
-    images = torch.rand(batch_size, 3, side, side, device=device, generator=generator)
-    target = torch.randint(model.num_classes, (batch_size,), device=device, generator=generator)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)  # next to no change: the next row's model
-    scaler = precision.scaler()
-    model.train().set_epoch(math.inf)
+    """Return steps of `train_one_epoch` on random images and labels, the model's schedules at their end.
+
+    With AdamW, clipped gradients and a moving average of the weights; without augmentation and mixup.
+    """
+    generator = torch.Generator(precision.device).manual_seed(seed)
+    images = draw_images(model, precision, batch_size, seed)
+    target = torch.randint(model.num_classes, (batch_size,), device=precision.device, generator=generator)
+    # Next to no change of the weights: the next row's model is the same.
+    optimizer = make_optimizer(model, "adamw", lr=1e-6, weight_decay=0.05)
+    scheduler, _ = create_scheduler_v2(optimizer, num_epochs=1, min_lr=1e-6)
+    objective = Objective(LabelSmoothingCrossEntropy(0.1))
+    update = Update(optimizer, scheduler, precision.scaler(), ModelEmaV3(model, decay=0.99996), clip_grad=1.0)
 
     def run(batches: Iterable[Tensor]) -> None:
-        for batch in batches:
-            with precision.autocast():
-                terms = model.loss(model(batch), target, F.cross_entropy)
-            scaler.scale(torch.stack(list(terms.values())).sum()).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
+        steps = [[batch, target] for batch in batches]
+        if steps:
+            train_one_epoch(model, steps, objective, update, LAST_EPOCH, precision)
 
     return Workload(run, precision.place([images]))
+
+
+# What libraries say where memory is short and PyTorch's own allocator did not notice.
+NO_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "CUDNN_STATUS_NOT_SUPPORTED")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether an error says that memory is short, cuDNN's and cuBLAS's included."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY)
 
 
 def largest_batch(run: Callable[[int], object], cap: int, first: int = 64) -> int:
@@ -265,9 +355,12 @@ def largest_batch(run: Callable[[int], object], cap: int, first: int = 64) -> in
         try:
             run(batch_size)
             return True
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return False
         finally:
+            gc.collect()  # what the failed run held lies in the cycles of its traceback
             torch.cuda.empty_cache()
 
     size = min(first, cap)

@@ -279,7 +279,10 @@ class StreamState:
 
 
 def compile_models(
-    runs: dict[Adaptive, Callable[[], object]], mode: str = "default", names: tuple[str, ...] = ()
+    runs: dict[Adaptive, Callable[[], object]],
+    mode: str = "default",
+    names: tuple[str, ...] = (),
+    reset: bool = True,
 ) -> str | None:
     """Compile models for inference, or none of them where one fails.
 
@@ -287,11 +290,13 @@ def compile_models(
         runs: for every model, a run of the shapes that it is compiled for.
         mode: "reduce-overhead" records CUDA graphs, where the device is one and shapes do not change.
         names: methods to compile; default: the model's own `compiled`.
+        reset: forget what was compiled before, so that its shapes and recompilations do not count.
 
     Returns:
         None, or the reason in one line why no model is compiled.
     """
-    torch._dynamo.reset()  # shapes and recompilations of earlier models do not count
+    if reset:
+        torch._dynamo.reset()
     try:
         for model, run in runs.items():
             for name in names or model.compiled:

@@ -25,13 +25,15 @@ from timm.models import model_entrypoint
 
 import utils
 from benchmarks import loading
-from benchmarks.table import COLUMNS, Bench, ModelSpec, Options, Row, title
-from benchmarks.timing import dtype_name
+from benchmarks.table import COLUMNS, EAGER, Bench, ModelSpec, Options, Row, title
+from benchmarks.timing import cpu_name, device_name, dtype_name
 from engine import Precision
 from inference import streaming
 from models.registry import registered
-from utils import NON_NEGATIVE, NON_NEGATIVE_INT, POSITIVE_INT, SHARE, InputError, log
+from utils import NON_NEGATIVE, NON_NEGATIVE_INT, POSITIVE_INT, SHARE, InputError, Number, log
 
+# What has no meaning where loading is timed, in which the model runs eagerly with all its stages.
+NOT_LOADER = ("--png", "--train", "--compile", "--require-compiled", "--target-gflops", "--exit-share")
 BASELINE = "deit_small_patch16_224"
 # What Liang et al. 2022 (arXiv 2202.07800) timed their models against.
 PUBLISHED = """
@@ -51,6 +53,7 @@ def project_models() -> list[str]:
     return [name for name in first_names.values() if not name.endswith("_nano")] + [BASELINE]
 
 
+POSITIVE = Number(float, 1e-6)
 LISTS = {"project": project_models(), "published": PUBLISHED}
 
 
@@ -93,6 +96,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--img-size", type=POSITIVE_INT, help="side of the images in pixels; default: each model's own")
     share = "share of the images that leave at the first exit, the rest evenly at the others"
     add("--exit-share", type=SHARE, help=f"{share}; default: 0.78 of two exits, equal shares of more")
+    add(
+        "--target-gflops",
+        type=POSITIVE,
+        metavar="G",
+        help="choose exit share or knob so that images cost this",
+    )
     add("--loader", action="store_true", help="time loading instead, with the first model, and both together")
     add("--data-path", metavar="DIR", help="--loader: a folder with images; default: makes 200 JPEGs")
     workers = min(8, os.cpu_count() or 1)
@@ -100,6 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
     utils.add_device(parser)
     add("--amp", default="none", choices=("none", "bf16", "fp16"), help="autocast")
     streaming.add_compile(parser)
+    add("--require-compiled", action="store_true", help="exit with 1 where a row was not compiled")
     add("--train", action="store_true", help="time training steps instead of inference")
     add("--threads", type=POSITIVE_INT, help="of the CPU; default: PyTorch's choice")
     add("--repeats", type=POSITIVE_INT, default=5, help="timed samples of each model")
@@ -195,12 +205,28 @@ def describe(precision: Precision, compile: str | None) -> str:
     )
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Check what goes together.
+
+    Raises:
+        InputError: a flag would have no effect.
+    """
+    other = [flag for flag in NOT_LOADER if getattr(args, flag[2:].replace("-", "_"))]
+    if args.loader and other:
+        raise InputError(f"--loader takes no {' and no '.join(other)}")
+    if args.loader and "auto" in args.batch_size:
+        raise InputError("--loader takes --batch-size as numbers")
+    if args.require_compiled and not args.compile:
+        raise InputError("--require-compiled: say how with --compile")
+    if args.target_gflops and (args.exit_share is not None or args.train):
+        raise InputError("--target-gflops chooses what --exit-share gives, and --train runs all stages")
+
+
 def main() -> None:
     # Check what is asked for, before the first model is built.
     utils.start_logging(utils.Context(torch.device("cpu"), 0, 1))
     args = make_parser().parse_args()
-    if args.loader and ("auto" in args.batch_size or args.png):
-        raise InputError("--loader takes --batch-size as numbers, and draws no --png")
+    check_flags(args)
     default = [args.baseline] if args.loader else LISTS["project"]
     specs, baseline = choose_models(args.list, args.models, default), ModelSpec.of(args.baseline)
     context = utils.start(args.device, args.seed, args.require_cuda)
@@ -220,12 +246,17 @@ def main() -> None:
         table = loading.as_markdown(rows, header)
         return write_tables(rows, loading.COLUMNS, table, args.csv, args.markdown)
     given = {name: getattr(args, name) for name in Options._fields if getattr(args, name) is not None}
-    rows = measure_models(Bench(baseline, precision, Options(**given)), specs, args.batch_size)
+    bench = Bench(baseline, precision, Options(**given))
+    bench.check_target(specs)
+    rows = measure_models(bench, specs, args.batch_size)
     write_tables(rows, COLUMNS, as_markdown(rows, header), args.csv, args.markdown)
     if args.png:
         draw(rows, header, args.png)
     if not any("images_per_second" in row for row in rows):
         raise utils.MainError("no model could be measured; the table says why")
+    eager = [title(row) for row in rows if row.get("compiled") in (None, EAGER)]
+    if args.require_compiled and eager:
+        raise utils.MainError(f"not compiled: {'; '.join(eager)}; the lines above say why")
 
 
 if __name__ == "__main__":

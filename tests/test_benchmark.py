@@ -30,6 +30,7 @@ from engine import Precision
 from models import AdaptiveViT, StageOutput
 from models.cost import exit_gflops, token_gflops
 from models.exits import choose_exits, force_exits
+from utils import InputError
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark
@@ -114,11 +115,33 @@ def test_early_exit_work_meets_its_shares(name: str, batch_size: int, batches: i
     model = timm.create_model(name, embed_dim=32, depth=2, num_heads=2).eval()
     shares = operating_points(model.num_exits)[-1].shares
     workload = exit_workload(model, Precision(CPU, dtype), batch_size, shares)
-    assert {len(batch) for batch in workload.batches} == {batch_size} and workload.images() == images
-    exits = torch.cat([exits for _, exits in workload.run(workload.batches)])
+    drawn = list(workload.batches)
+    assert {len(batch) for batch in drawn} == {batch_size} and workload.sample(2) == 2 * images
+    exits = torch.cat([exits for _, exits in workload.run(drawn)])
     edges = [0] + [round(images * sum(shares[: k + 1])) for k in range(model.num_exits)]
     assert exits.bincount(minlength=model.num_exits).tolist() == torch.tensor(edges).diff().tolist()
-    assert len({image.numpy().tobytes() for batch in workload.batches for image in batch}) == images
+    assert len({image.numpy().tobytes() for batch in drawn for image in batch}) == images
+
+
+def test_batches_are_put_together_anew_from_a_pool_of_few_images() -> None:
+    model = timm.create_model("lf_deit_nano", embed_dim=8, depth=1, num_heads=1, patch_size=2, region_size=2)
+    model.eval().stage = scripted_stage
+    workload = exit_workload(model, Precision(CPU), 300, [0.75, 0.25])
+    pool, number = workload.batches.images, len(workload.batches)
+    assert number > 2 and len(pool) == 600  # two batches, however many a pass has
+    passes = [[batch.flatten(1).sum(dim=1) for batch in workload.batches] for _ in range(2)]
+    (first, *_), (second, *_) = passes
+    assert not torch.equal(first.sort()[0], second.sort()[0])
+    for batches in passes:  # each image equally often
+        values, times = torch.cat(batches).unique(return_counts=True)
+        assert len(values) == len(pool.flatten(1).sum(dim=1).unique()) and times.sum() == 300 * number
+    exits = torch.cat([exits for _, exits in workload.run(workload.batches)])
+    assert exits.bincount().tolist() == [225 * number, 75 * number]
+
+
+def scripted_stage(k: int, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:
+    """Be as sure of an image as it is bright."""
+    return StageOutput(images.flatten(1)[:, :3] * torch.tensor([9.0, 0, 0]), {})
 
 
 def test_work_without_early_exit_runs_all_stages_on_one_batch() -> None:
@@ -126,6 +149,7 @@ def test_work_without_early_exit_runs_all_stages_on_one_batch() -> None:
     workload = exit_workload(model, Precision(CPU), 3, [0.0, 1.0])
     ((_, exits),) = workload.run(workload.batches)
     assert len(workload.batches) == 1 and (exits == 1).all()
+    assert next(iter(workload.batches)) is workload.batches.images  # no copy is timed
 
 
 def test_operating_points_by_number_of_exits() -> None:
@@ -218,6 +242,46 @@ def test_cuda_is_timed_by_events_around_the_work(monkeypatch: pytest.MonkeyPatch
     assert result is None and seconds == 0.25 and order == ["wait", event, "run", event, "wait"]
 
 
+def test_loading_goes_on_while_cuda_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No wait of the host between two batches; the device's own clock tells what lies between them."""
+    order, now = [], [0]
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            self.at = None
+
+        def record(self, stream: str) -> None:
+            self.at = now[0]
+
+        def elapsed_time(self, end: "Event") -> float:
+            assert order[-1] == "wait"
+            return end.at - self.at
+
+    def load() -> Iterator[list[Tensor]]:
+        for _ in range(3):
+            order.append("load")
+            now[0] += 125
+            yield [torch.zeros(4, 1), torch.arange(4)]
+
+    def run(batches: Iterable[Tensor]) -> Iterator[None]:
+        for _ in batches:
+            order.append("run")
+            now[0] += 500
+            yield
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("wait"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
+    monkeypatch.setattr(timing, "to_device", lambda batch, device: batch)
+
+    class Loader:
+        __iter__ = staticmethod(load)
+
+    one = time_pass(run, Loader(), torch.device("cuda"), warmup=0)
+    assert order == ["load", "wait", *["load", "run"] * 3, "wait"]
+    assert (one.model, one.total) == (pytest.approx(1.5), pytest.approx(1.875))
+
+
 def test_latencies_are_of_single_calls(clock: list[float]) -> None:
     batches = [torch.full((1, 3, 2, 2), float(k == 0)) for k in range(25)]
 
@@ -255,6 +319,21 @@ def test_the_largest_batch_is_found_by_doubling(limit: int, cap: int, expected: 
     assert expected in tried and max(tried) <= cap
 
 
+@pytest.mark.parametrize(
+    "said", ["cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "no"]
+)
+def test_libraries_run_out_of_memory_too(said: str) -> None:
+    def run(batch_size: int) -> None:
+        if batch_size > 100:
+            raise RuntimeError(f"{said} at {batch_size}")
+
+    if said == "no":
+        with pytest.raises(RuntimeError, match="no at 128"):
+            largest_batch(run, 4096)
+    else:
+        assert largest_batch(run, 4096) == 64
+
+
 def test_no_batch_at_all_is_an_error() -> None:
     def run(batch_size: int) -> None:
         raise torch.OutOfMemoryError("full")
@@ -290,7 +369,7 @@ def test_rows_agree_with_one_another(table: Path) -> None:
         assert low <= rate * 1.001 and rate <= high * 1.001
         assert number["speedup"] == pytest.approx(rate / base)
         assert number["realised_fraction"] == pytest.approx(number["speedup"] / number["saved_gflops"])
-        assert row["error"] == row["peak_memory_mib"] == "" and row["compiled"] == "False"
+        assert row["error"] == row["peak_memory_mib"] == row["compiled"] == ""
         assert bool(row["latency_p50_ms"]) == bool(row["latency_p99_ms"]) == (row["batch_size"] == "1")
         if row["model"] == PLAIN:
             assert number["saved_gflops"] == 1
@@ -370,6 +449,9 @@ def test_auto_takes_the_largest_batch_that_model_and_baseline_run(command: Comma
             "--exit-share: '1.5' is not a finite number from 0 to 1",
         ),
         (["--models", PLAIN, "--csv", "no/such/folder.csv"], "name a file in a folder that exists"),
+        (["--models", PLAIN, "--require-compiled"], "--require-compiled: say how with --compile"),
+        (["--models", PLAIN, "--target-gflops", "1", "--train"], "--train runs all stages"),
+        (["--models", PLAIN, "--target-gflops", "0"], "'0' is not a finite number from 1e-06 up"),
     ],
 )
 def test_bad_input_is_one_line_before_any_timing(flags: list[str], message: str, command: Command) -> None:
@@ -421,7 +503,7 @@ def test_cost_of_halted_tokens_is_saved() -> None:
     timed = TimedModel(ModelSpec.of("avit_deit_nano:gate_center=1"), None, CPU)
     workload = exit_workload(timed.model, precision, 6, [1.0])
     with torch.inference_mode(), precision.autocast():
-        tokens = timed.model(workload.batches[0])[0].info["tokens"]
+        tokens = timed.model(workload.batches.images)[0].info["tokens"]
     assert (tokens[:, -1] < tokens[:, 0]).any()
     mean = timed.mean_gflops(workload, precision)
     assert mean == pytest.approx(token_gflops(timed.model, tokens).mean().item())
@@ -448,14 +530,43 @@ def test_model_and_baseline_are_compiled_both_or_neither(
 
     monkeypatch.setattr(torch, "compile", compile)
     flags = ["--models", "limited_vit", "--compile", "--batch-size", 2, *QUICK, "--csv", tmp_path / "a.csv"]
+    flags += ["--require-compiled"]
     ended = command("benchmark", *flags)
     (row,) = read(tmp_path / "a.csv")
-    assert ended.code == 0 and row["images_per_second"] and not row["error"]
-    assert row["compiled"] == str(not broken)
+    assert ended.code == bool(broken) and row["images_per_second"] and not row["error"]
+    assert ("limited_vit, one exit, batch 2; the lines" in ended.err) == bool(broken)
+    assert row["compiled"] == ("eager" if broken else "default")
     assert ("not compiled: " in ended.err) == bool(broken) and ended.err.count("no compiler here") == bool(
         broken
     )
     assert ran[-4:] == 2 * ["AdaptiveViT", "Limited"] if not broken else len(ran) <= 2  # the timed samples
+
+
+def test_the_baseline_is_compiled_once_for_each_batch_size(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    graphs, modes, compile = [], [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(
+            [len(x) for x in inputs if isinstance(x, Tensor) and x.ndim == 4 and len(x[0, 0]) == 56]
+        )
+        return graph
+
+    def recorded(method, mode):
+        modes.append((type(method.__self__).__name__, method.__name__, mode))
+        return compile(method, backend=backend)
+
+    monkeypatch.setattr(torch, "compile", recorded)
+    tiny = "deit_nano:embed_dim=8,depth=1,num_heads=1,patch_size=28"
+    flags = ["--models", f"{tiny},mlp_ratio=2", f"{tiny},mlp_ratio=3", "--batch-size", 2, 5, *QUICK]
+    flags += ["--baseline", tiny, "--compile", "reduce-overhead", "--train", "--csv", tmp_path / "a.csv"]
+    ended = command("benchmark", *flags, "--require-compiled")
+    assert ended.code == 0, ended.err
+    # Three models of one class, a graph for each size: none of symbolic sizes, none twice.
+    assert modes == 3 * [("AdaptiveViT", "forward", "reduce-overhead")]
+    assert graphs == [[2], [2], [5], [5], [2], [5]]
+    assert [row["compiled"] for row in read(tmp_path / "a.csv")] == ["reduce-overhead"] * 4
 
 
 def test_only_test_speed_needs_no_data(command: Command, tmp_path: Path) -> None:
@@ -515,3 +626,59 @@ def test_a_training_step_is_one_of_the_optimizer() -> None:
     # AdamW's first step has the length of the learning rate, decay aside.
     step = (model.head.weight - before["head.weight"]).abs().max().item()
     assert step == pytest.approx(1e-6, rel=0.05)
+
+
+def test_a_training_step_is_that_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = dict.fromkeys(("norm", "clip", "average", "statistics"), 0)
+
+    def count(owner: object, name: str, what: str) -> None:
+        before = getattr(owner, name)
+
+        def counted(*args, **kwargs):
+            counts[what] += 1
+            return before(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    model = TimedModel(ModelSpec.of(TWO), None, CPU).model
+    count(torch.nn.utils, "get_total_norm", "norm")
+    count(torch.nn.utils, "clip_grads_with_norm_", "clip")
+    count(timing.ModelEmaV3, "update", "average")
+    count(type(model), "statistics", "statistics")
+    assert training_workload(model, Precision(CPU), 2).sample(3) == 6
+    assert counts == dict.fromkeys(counts, 3)
+    assert model.training and model.selecting
+
+
+BOTH = "evit_deit_nano:drop_loc=[1],depth=2"
+
+
+@pytest.mark.parametrize(
+    "text, target, name",
+    [
+        (TWO, 0.0006, "% at first exit"),
+        ("dvt_deit_nano:embed_dim=32,depth=2,num_heads=2", 0.01, "% at first exit"),
+        (BOTH, 0.025, "keep_rate"),
+        ("avit_deit_nano:depth=3", 0.03, "% of its most"),
+    ],
+)
+def test_a_target_is_met_by_exit_shares_or_a_knob(text: str, target: float, name: str) -> None:
+    torch.manual_seed(0)
+    bench = Bench(ModelSpec.of(PLAIN), Precision(CPU), Options(target_gflops=target))
+    timed = TimedModel(ModelSpec.of(text), None, CPU)
+    (point,) = bench.points(timed)
+    assert f"{target:g} GFLOPs: " in point.name and name in point.name
+    workload = bench.workload(timed, 50, point)
+    assert timed.mean_gflops(workload, bench.precision) == pytest.approx(target, rel=0.02)
+
+
+@pytest.mark.parametrize("text", [TWO, PLAIN, BOTH, "avit_deit_nano:depth=3"])
+def test_a_target_out_of_range_names_the_range(text: str, command: Command) -> None:
+    ended = command("benchmark", "--models", PLAIN, text, *QUICK, "--target-gflops", 0.1)
+    least, most = TimedModel(ModelSpec.of(PLAIN), None, CPU).reachable()
+    assert least == most
+    assert ended.code == 2 and ended.out == ""
+    assert f"--target-gflops 0.1: {PLAIN} costs {most:.3f}, always" in ended.err
+    low, high = TimedModel(ModelSpec.of(text), None, CPU).reachable()
+    with pytest.raises(InputError, match=f"costs {low:.3f} to {high:.3f}" if high > low else "always"):
+        TimedModel(ModelSpec.of(text), None, CPU).aim(0.1)
