@@ -197,7 +197,7 @@ def draw_tint(rng: np.random.Generator, channels: int) -> np.ndarray:
 def paste(
     rng: np.random.Generator, canvas: np.ndarray, pattern: np.ndarray, box: Box, tint: np.ndarray
 ) -> np.ndarray:
-    """Return a canvas [size, size, channels] with a pattern [n, n] in uint8 laid slightly turned into the box.
+    """Lay a pattern [n, n] in uint8 on a canvas [size, size, channels] into the box, a little turned.
 
     A garment is 0 where nothing is, and light clothes are little more: they are lifted, so as to be seen.
     """

@@ -68,11 +68,12 @@ def read_images(data: Path, rows: list[dict[str, str]]) -> Images:
     return Images(np.array([int(row["label"]) for row in rows]), sides, values, cuts)
 
 
-def correct(
-    model: ClassifierMixin, fitted: tuple[np.ndarray, ...], held: tuple[np.ndarray, ...]
-) -> np.ndarray:
-    """Train a classifier on (values, labels) and return whether it is right on each row of others."""
-    return model.fit(*fitted).predict(held[0]) == held[1]
+Rows = tuple[np.ndarray, np.ndarray]  # values [n, number of values] and labels [n]
+
+
+def correct(model: ClassifierMixin, fitted: Rows, held: Rows) -> np.ndarray:
+    """Train a classifier on rows and return whether it is right on each of others, as 0 or 1."""
+    return (model.fit(*fitted).predict(held[0]) == held[1]).astype(float)
 
 
 def percent(shares: np.ndarray) -> str:
@@ -112,7 +113,7 @@ def study_detail(train: Images, held: Images) -> str:
     for shrink in SHRINKS:
         model = MLPClassifier(128, early_stopping=True, max_iter=50, random_state=0)
         pairs = ((images.objects[shrink], images.labels) for images in (train, held))
-        right[shrink] = correct(model, *pairs).astype(float)
+        right[shrink] = correct(model, *pairs)
     names = {1: "whole", 2: "half", 4: "a quarter"}
     table = [
         [names[shrink], *(percent(right[shrink][group]) for group in groups.values())] for shrink in SHRINKS
@@ -128,9 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path, help="a set of make_digits.py or make_garments.py")
-    parser.add_argument(
-        "--train", type=POSITIVE_INT, default=20000, help="images to learn from, default 20000"
-    )
+    parser.add_argument("--train", type=POSITIVE_INT, default=20000, help="images to learn from (20000)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="writes the tables, in Markdown")
     args = parser.parse_args(argv)
     if not (boxes := args.data / "boxes.csv").is_file():
