@@ -12,6 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import _image_set
 import make_digits
 
 COUNTS = {"train": 600, "val": 80, "test": 40}
@@ -156,7 +157,7 @@ def test_fragments_are_no_digits() -> None:
 @pytest.mark.parametrize("n", [5, 8])
 def test_render_fills_the_box(size: int, n: int) -> None:
     box = make_digits.Box(10.3, 24.6, 16)
-    drawn = make_digits.render(np.ones((n, n)), box, np.radians(5), size)
+    drawn = make_digits.render(np.ones((n, n)), box, np.radians(5), size, 56)
     assert drawn.shape == (size, size)
     y, x = (np.indices(drawn.shape) + 0.5) * 56 / size
     assert np.average(x, weights=drawn) == pytest.approx(18.3, abs=0.02)
@@ -236,6 +237,6 @@ def test_failure_leaves_nothing(
         (root / "half.png").write_bytes(b"made")
         raise error
 
-    monkeypatch.setattr(make_digits, "build", build)
+    monkeypatch.setattr(_image_set, "build", build)
     assert run(tmp_path / "digits") == code
     assert not any(tmp_path.iterdir())
