@@ -90,7 +90,9 @@ def start(device: str | None, seed: int = 0, require_cuda: bool = False) -> Cont
     Raises:
         InputError: there is no such device, the seed is out of range, or a variable of the group is missing.
     """
-    device = device or ("cuda" if require_cuda or torch.cuda.is_available() else "cpu")
+    if require_cuda and not torch.cuda.is_available():
+        raise InputError(f"--require-cuda: {why_no_cuda() or 'no CUDA device is visible'}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     read_srun()
     check_device(device)
     if require_cuda and torch.device(device).type != "cuda":
@@ -444,9 +446,15 @@ def errors_told(name: str) -> Iterator[None]:
 
 
 def leave_group() -> None:
-    """Leave the process group, if there is one, when all processes do."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the process group, if there is one, as all processes do at the end of their work."""
+    if not dist.is_initialized():
+        return
+    store = _get_default_store()
+    if store.add("processes that leave", 1) == dist.get_world_size():
+        store.set("all leave", b"")
+    if dist.get_rank() == 0:  # the store may be its own, and another process still at its last turn
+        wait_for(store, "all leave")
+    dist.destroy_process_group()
 
 
 def exit_alone(error: BaseException) -> NoReturn:

@@ -22,8 +22,6 @@ from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
-import torch.distributed as dist
-
 try:
     import submitit
 except ImportError:  # only submitting needs it: --help and the tests of the flags do not
@@ -97,8 +95,7 @@ class Training:
                 requeue(stop.signal, None)  # the first task ends here
                 time.sleep(SIGNAL_DELAY)  # its end is the end of all: one that failed would end it too early
             raise
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        utils.leave_group()
 
     def checkpoint(self) -> "submitit.helpers.DelayedSubmission":
         """Return what the job runs next; submitit calls this when time runs out."""

@@ -255,6 +255,35 @@ def test_a_group_is_told_its_gpu(torchrun: Callable, monkeypatch: pytest.MonkeyP
     assert calls == [gpu, ("nccl", {"device_id": gpu})]
 
 
+def test_the_first_process_keeps_the_store_until_all_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, rank, left = dist.HashStore(), 0, []
+    monkeypatch.setattr(utils, "_get_default_store", lambda: store)
+    for name, value in dict(is_initialized=True, get_world_size=2).items():
+        monkeypatch.setattr(dist, name, lambda value=value: value)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append(rank))
+    pauses = iter([lambda: None, lambda: other(), lambda: None])
+
+    def other() -> None:
+        nonlocal rank
+        rank = 1
+        utils.leave_group()
+        rank = 0
+
+    monkeypatch.setattr(utils.time, "sleep", lambda _: next(pauses)())
+    utils.leave_group()
+    assert left == [1, 0]
+
+
+def test_a_store_that_is_gone_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = dist.TCPStore("127.0.0.1", store.port, wait_for_workers=False)
+    client.add("x", 1)
+    del store
+    with pytest.raises(utils.MainError, match="the first process is no longer there"):
+        utils.wait_for(client, "word")
+
+
 # What processes do together, and how one of them fails
 
 

@@ -597,14 +597,23 @@ def test_a_run_without_cuda_says_why_or_ends(
     monkeypatch.setattr(utils.log, "propagate", True)
     reason = TOO_OLD.split(". ")[0]
     with pytest.raises(utils.InputError, match=re.escape(f"no CUDA device is visible ({reason}); use")):
-        utils.start(None, require_cuda=True)
-    with pytest.raises(utils.InputError, match="--require-cuda: --device is cpu"):
-        utils.start("cpu", require_cuda=True)
+        utils.start("cuda")
+    for device in (None, "cpu", "cuda"):
+        with pytest.raises(utils.InputError, match=re.escape(f"--require-cuda: {reason}")):
+            utils.start(device, require_cuda=True)
     with caplog.at_level(logging.INFO, utils.log.name):
         for given in (None, "cpu"):
             utils.log_device(utils.start(given), given)
     line = f"device: cpu, {utils.cpu_name()}"
     assert caplog.messages == [f"{line}; no CUDA: {reason}", line]
+
+
+def test_where_there_is_cuda_it_can_be_required_and_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert utils.start(None, require_cuda=True).device == torch.device("cuda")
+    with pytest.raises(utils.InputError, match="--require-cuda: --device is cpu"):
+        utils.start("cpu", require_cuda=True)
 
 
 @pytest.mark.parametrize("name", ["main_deit", "dynamic_inference", "visualize", "benchmark"])
