@@ -1,12 +1,10 @@
-"""Run by torchrun: prints which images each process gets from this project's loaders, over two epochs."""
+"""Run in two processes: prints which images each gets from this project's loaders, over two epochs."""
 
 import json
 import sys
-from pathlib import Path
 
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import datasets
 import utils
 from loading import loaders
@@ -36,7 +34,3 @@ def main() -> None:
                 epochs.append(utils.gather([images.tolist() for images, _ in loader]))
     if context.is_main:
         print(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    utils.run_command(main)

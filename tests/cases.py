@@ -1,5 +1,6 @@
 """What several tests need: reference cases, and the commands as a shell or this process runs them."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -106,6 +107,26 @@ def run(*argv: object, timeout: float = 300, **environment: str) -> subprocess.C
     )
 
 
+def call(name: str, *argv: object) -> None:
+    """Calls a command's `main` in this process, where it succeeds and what it prints does not matter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
+        try:
+            importlib.import_module(name).main()
+        finally:
+            close_logs()
+
+
+def close_logs() -> None:
+    """Closes what a command logs to: it holds the standard error of a test."""
+    import utils
+
+    for handler in utils.log.handlers[:]:
+        utils.log.removeHandler(handler)
+        handler.close()
+    utils.log.propagate = True
+
+
 class Ended(NamedTuple):
     """How a command ended: its exit code and what it printed."""
 
@@ -130,11 +151,8 @@ class Command:
             utils.run_command(module.main)
         except SystemExit as end:
             code = end.code
-        finally:  # the handlers hold this test's standard error
-            for handler in utils.log.handlers[:]:
-                utils.log.removeHandler(handler)
-                handler.close()
-            utils.log.propagate = True
+        finally:
+            close_logs()
         return Ended(code, *self.capsys.readouterr())
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import Command, run
+from cases import Command, call
 from PIL import Image
 
 from checkpointing.format import load_checkpoint, save_checkpoint
@@ -40,9 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of two epochs of training. Not to be written to: copy the checkpoint."""
     output = tmp_path_factory.mktemp("trained") / "output"
-    command = f"main_deit.py --model lf_deit_nano --data-path {folder} --epochs 2 --batch-size 32"
-    ended = run(*command.split(), "--output_dir", output, "--device", "cpu", "--num_workers", 0)
-    assert ended.returncode == 0, ended.stderr
+    flags = f"--model lf_deit_nano --data-path {folder} --epochs 2 --batch-size 32 --device cpu"
+    call("main_deit", *flags.split(), "--num_workers", 0, "--output_dir", output)
     return output
 
 

@@ -21,8 +21,9 @@ from pathlib import Path
 import lmdb
 import numpy as np
 import pytest
-from cases import ROOT, Command, run
+from cases import ROOT, Command
 from PIL import Image
+from ranks import ranks
 from torch.utils.data import DataLoader, Dataset
 
 import datasets
@@ -217,10 +218,9 @@ def by_two(numbered: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
             continue
         data_set, root = in_archive(kind, numbered, tmp_path_factory.mktemp("two") / kind)
         sources[kind] = dict(data_set=data_set, root=str(root), use_lmdb=kind == "lmdb")
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
-    ended = run(*torchrun, ROOT / "tests" / "archive_ranks.py", json.dumps(sources))
-    assert ended.returncode == 0, ended.stderr
-    return json.loads(ended.stdout)
+    first, second = ranks("archive_ranks", json.dumps(sources))
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    return json.loads(first.out)
 
 
 @pytest.mark.slow
@@ -232,8 +232,8 @@ def test_two_ranks_of_two_workers_evaluate_every_image_once_in_order(
         pytest.skip("its package is not installed")
     in_order = [number for number, _ in read(build_dataset(DataSource("IMNET", numbered), "val"))]
     assert sorted(in_order) == list(range(23))
-    for ranks in by_two[kind]["val"]:
-        assert [[image for batch in rank for image in batch] for rank in ranks] == [
+    for parts in by_two[kind]["val"]:
+        assert [[image for batch in rank for image in batch] for rank in parts] == [
             in_order[::2],
             in_order[1::2],
         ]
@@ -246,9 +246,9 @@ def test_two_ranks_of_two_workers_train_on_every_image_once(kind: str, by_two: d
     if kind not in by_two:
         pytest.skip("its package is not installed")
     orders = []
-    for ranks in by_two[kind]["train"]:
-        assert [[len(batch) for batch in rank] for rank in ranks] == [[3] * 7] * 2
-        orders.append([image for rank in ranks for batch in rank for image in batch])
+    for parts in by_two[kind]["train"]:
+        assert [[len(batch) for batch in rank] for rank in parts] == [[3] * 7] * 2
+        orders.append([image for rank in parts for batch in rank for image in batch])
         assert sorted(Counter(orders[-1]).values()) == [1] * 40 + [2]
     assert len(orders) == 2 and orders[0] != orders[1] and sorted(orders[0]) != orders[0]
     assert by_two[kind]["train"] == by_two["lmdb"]["train"]  # whatever the archive

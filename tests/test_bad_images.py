@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import Command, run
+from cases import Command
 from PIL import Image
+from ranks import ranks
 from test_archives import in_archive
 from test_datasets import make_inat
 
@@ -329,9 +330,9 @@ def test_two_processes_count_together(infer: Callable, sharp: Path, damaged: dic
     data, target = damaged["damaged"], tmp_path / "two" / "results.json"
     flags = ["--checkpoint_path", sharp, "--data_url", data, "--num_workers", 1, "--batch_size", 8]
     flags += ["--eval-mode", 0, "--device", "cpu", "--results", target, "--max-bad-images"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "dynamic_inference.py"]
-    ended = run(*torchrun, *flags, 3)
-    assert ended.returncode == 0 and "3 of 40 images could not be read" in ended.stderr, ended.stderr
+    first, second = ranks("dynamic_inference", *flags, 3)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert "3 of 40 images could not be read" in first.err
     assert json.loads(target.read_text()) == infer(damaged["cleaned"], "--eval-mode", 0)[1]
     assert len((tmp_path / "two" / "bad_images.txt").read_text().splitlines()) == 3
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import Command, run
+from cases import Command, call, run
+from ranks import free_port, ranks
 from torch.nn.parallel import DistributedDataParallel
 
 import main_deit
@@ -31,12 +31,11 @@ TRAIN = (
 ).split()
 
 
-def run_two(*argv: object) -> str:
+def run_two(name: str, *argv: object) -> str:
     """Runs a command in two processes; returns what they printed."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    ended = run(*torchrun, *argv)
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+    ended = ranks(name, *argv)
+    assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
+    return "".join(end.out for end in ended)
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +54,26 @@ def by_two(odd: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
     @cache
     def train(options: str) -> Path:
         output = tmp_path_factory.mktemp("two")
-        arguments = [*TRAIN, "--data-path", odd, "--batch-size", 8, "--output_dir", output]
-        run_two("main_deit.py", *arguments, *options.split())
+        arguments = [*TRAIN, "--data-path", odd, "--batch-size", 8, "--output_dir", output, *options.split()]
+        if options:
+            run_two("main_deit", *arguments)
+        else:  # once by torchrun itself
+            torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+            ended = run(*torchrun, "main_deit.py", *arguments)
+            assert ended.returncode == 0, ended.stderr
         return output
 
     return train
 
 
-@pytest.fixture
-def by_one(odd: Path, tmp_path: Path, command: Command) -> Callable[[str], Path]:
-    """Trains in this process."""
+@pytest.fixture(scope="module")
+def by_one(odd: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Trains in this process with further options; returns the output folder."""
 
+    @cache
     def train(options: str) -> Path:
-        output = tmp_path / options.replace(" ", "_")
-        ended = command("main_deit", *TRAIN, "--data-path", odd, "--output_dir", output, *options.split())
-        assert ended.code == 0, ended.err
+        output = tmp_path_factory.mktemp("one")
+        call("main_deit", *TRAIN, "--data-path", odd, "--output_dir", output, *options.split())
         return output
 
     return train
@@ -131,7 +135,7 @@ def test_two_processes_infer_like_one(
 ) -> None:
     text = f"--eval-mode {mode} --data_url {odd} --checkpoint_path {sharp} --batch_size 8 --threshold 0.3"
     arguments = [*text.split(), "--device", "cpu", "--num_workers", 0, "--repeats", 1, "--results"]
-    printed = run_two("dynamic_inference.py", *arguments, tmp_path / "two.json")
+    printed = run_two("dynamic_inference", *arguments, tmp_path / "two.json")
     ended = command("dynamic_inference", *arguments, tmp_path / "one.json")
     assert ended.code == 0, ended.err
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
@@ -151,7 +155,7 @@ def test_two_processes_infer_like_one(
 def test_two_processes_predict_in_order(command: Command, odd: Path, sharp: Path) -> None:
     arguments = ["--checkpoint_path", sharp, "--images", odd / "val", "--threshold", 0.3]
     arguments += ["--device", "cpu", "--num_workers", 0]
-    printed = run_two("dynamic_inference.py", *arguments)
+    printed = run_two("dynamic_inference", *arguments)
     assert printed.splitlines() == command("dynamic_inference", *arguments).out.splitlines()
     assert len(printed.splitlines()) == 1 + 39
 
@@ -164,9 +168,7 @@ def torchrun(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Sets what torchrun sets for a single process; every call is another start."""
 
     def start() -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         values = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         for name, value in values.items():
             monkeypatch.setenv(name, str(value))
@@ -291,9 +293,8 @@ def test_a_store_that_is_gone_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch)
 def together(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Any]:
     """What tests/two_ranks.py writes, and how it ends."""
     output = tmp_path_factory.mktemp("together")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    ended = run(*torchrun, "tests/two_ranks.py", folder, output)
-    assert (output / "results.json").exists(), ended.stderr
+    ended = ranks("two_ranks", folder, output)
+    assert (output / "results.json").exists(), [end.err for end in ended]
     return json.loads((output / "results.json").read_text()), ended
 
 
@@ -340,8 +341,7 @@ def test_a_signal_to_one_process_stops_both_and_they_go_on(together: tuple) -> N
 
 
 def test_a_process_that_fails_waits_for_no_other(together: tuple) -> None:
-    """It keeps its traceback; torchrun sees it end, and ends the other one, which would wait for minutes."""
-    ended = together[1]
-    assert ended.returncode == 1
-    assert "KeyError: 'the second process fails'" in ended.stderr and "waiting" not in ended.stderr
-    assert ended.stderr.count("exitcode  : 1 ") == 1
+    """It keeps its traceback and ends, while the other one would wait for minutes, until it is killed."""
+    first, second = together[1]
+    assert (first.code, second.code) == (-signal.SIGKILL, 1)
+    assert "KeyError: 'the second process fails'" in second.err and "waiting" not in first.err + second.err

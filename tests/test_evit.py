@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from cases import VECTORS, Command, load_case, published_shapes
+from cases import VECTORS, Command, call, load_case, published_shapes
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.loss import SoftTargetCrossEntropy
@@ -321,15 +321,12 @@ def test_images_that_do_not_fit_are_refused(shape: tuple) -> None:
 @pytest.fixture(scope="module")
 def evit(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of four epochs that drop from the second on and reach their rate at the fourth."""
-    from cases import run
-
     output = tmp_path_factory.mktemp("evit") / "output"
-    command = (
-        "main_deit.py --model evit_deit_nano --fuse_token --drop_loc (1,3) --base_keep_rate 0.5 --epochs 4"
+    flags = (
+        "--model evit_deit_nano --fuse_token --drop_loc (1,3) --base_keep_rate 0.5 --epochs 4 --device cpu"
     )
-    command += " --shrink_start_epoch 1 --shrink_epochs 2 --batch-size 32 --print-freq 1 --num_workers 0"
-    ended = run(*command.split(), "--device", "cpu", "--data-path", folder, "--output_dir", output)
-    assert ended.returncode == 0, ended.stderr
+    flags += " --shrink_start_epoch 1 --shrink_epochs 2 --batch-size 32 --print-freq 1 --num_workers 0"
+    call("main_deit", *flags.split(), "--data-path", folder, "--output_dir", output)
     return output
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from cases import Command, run
+from cases import Command, call
+from ranks import ranks
 from torch import Tensor
 
 import datasets
@@ -270,9 +271,7 @@ def three(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     keys = dict(model_name="dvt_deit_nano", model_kwargs={"num_classes": 4}, model=model.state_dict())
     save_checkpoint(keys, root / "three.pth")
     solve = ["--solve", "geometric", "--calibration", "train"]
-    words = map(str, [*arguments(root / "three.pth", folder), *solve])
-    ended = run("dynamic_inference.py", *words)
-    assert ended.returncode == 0, ended.stderr
+    call("dynamic_inference", *arguments(root / "three.pth", folder), *solve)
     return root / "three.pth"
 
 
@@ -433,12 +432,14 @@ def test_lines_of_several_processes_come_in_order(processes: int, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_table_of_one(folder: Path, sharp: Path, tmp_path: Path) -> None:
+def test_two_processes_write_the_table_of_one(
+    command: Command, folder: Path, sharp: Path, tmp_path: Path
+) -> None:
     flags = [*arguments(sharp, folder), "--images", folder / "val", "--batch_size", 6, "--output"]
     one, two = tmp_path / "one.csv", tmp_path / "two.csv"
-    assert run("dynamic_inference.py", *flags, one).returncode == 0
-    ended = run("-m", "torch.distributed.run", "--nproc_per_node=2", "dynamic_inference.py", *flags, two)
-    assert ended.returncode == 0, ended.stderr
+    assert command("dynamic_inference", *flags, one).code == 0
+    ended = ranks("dynamic_inference", *flags, two)
+    assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
     assert two.read_bytes() == one.read_bytes()
 
 

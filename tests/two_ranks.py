@@ -1,4 +1,4 @@
-"""Run by torchrun: writes what two processes do together into a file, then one of them fails.
+"""Run in two processes: writes what two processes do together into a file, then one of them fails.
 
 The other is then waiting as in a collective of NCCL, where nothing tells it of the failure.
 """
@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.distributed as dist
 from timm.utils import distribute_bn, random_seed
@@ -212,7 +211,3 @@ def main() -> None:
     while not (folder / "results.json").exists():
         time.sleep(0.01)
     raise KeyError("the second process fails")
-
-
-if __name__ == "__main__":
-    utils.run_command(main)
