@@ -233,7 +233,7 @@ class Bench:
         pad = bool(options.compile)
         workload = exit_workload(model, self.precision, batch_size, shares, options.seed, pad)
         if point and point.cost is not None:
-            fit_knob(model, torch.cat(workload.batches)[:FITTED], point.cost)
+            fit_knob(model, torch.cat(workload.batches)[:FITTED], point.cost, self.precision.autocast)
         return workload
 
     def largest(self, timed: TimedModel, points: list[Point]) -> int:
