@@ -140,7 +140,7 @@ def test_packed_attention_is_flash_whose_plans_do_not_follow_the_data(
     model = timm.create_model("avit_deit_nano").eval()
     cuda.move(model, torch.contiguous_format)
     with torch.autocast("cuda", torch.bfloat16), torch.inference_mode():
-        for _ in range(3):
+        for _ in range(2):
             model(images_of(model, 4).cuda())
     assert len({rows for rows, _ in seen}) > 5 and {shapes for _, shapes in seen} == {((5,), 197, 197)}
     assert set(dense) == {(4, 4, 197, 16)}  # the first block, of all tokens
@@ -148,9 +148,9 @@ def test_packed_attention_is_flash_whose_plans_do_not_follow_the_data(
     seen.clear()
     dense.clear()
     with torch.inference_mode():
-        for _ in range(3):
+        for _ in range(2):
             model(images_of(model, 4).cuda())
-    assert not seen and set(dense) == {(4, 4, 197, 16)} and len(dense) == 12
+    assert not seen and set(dense) == {(4, 4, 197, 16)} and len(dense) == 8
 
 
 def test_what_lies_on_the_cpu_is_noticed(cuda: FakeCuda) -> None:
