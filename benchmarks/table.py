@@ -346,7 +346,7 @@ class Bench:
             batches = max(PASS, math.ceil(FITTED / batch_size))
         workload = exit_workload(model, self.precision, batch_size, shares, options.seed, pad, batches)
         if point and point.cost is not None:
-            fit_knob(model, workload.batches.images[:FITTED], point.cost)
+            fit_knob(model, workload.batches.images[:FITTED], point.cost, self.precision.autocast)
         return workload
 
     def largest(self, timed: TimedModel, points: list[Point]) -> int:

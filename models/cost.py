@@ -7,6 +7,8 @@ norms; it skips the fused attention kernel silently, so a handle for it is added
 import logging
 import warnings
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 
 import torch
@@ -105,7 +107,8 @@ def token_gflops(model: AdaptiveViT, tokens: Tensor) -> Tensor:
     n, dim = tokens.to(widest_float(tokens.device)), model.embed_dim
     layers = [[m.weight.numel() for m in b.modules() if isinstance(m, nn.Linear)] for b in model.blocks]
     norms = 2 * 5 * dim  # fvcore counts 5 per element
-    per_token = n.new_tensor([sum(sizes) + norms for sizes in layers])  # [L]
+    # Filled in place: to copy a list to a device makes the host wait.
+    per_token = torch.stack([n.new_full((), sum(sizes) + norms) for sizes in layers])  # [L]
     patches = (model.img_size // model.patch_size) ** 2 * model.patch_embed.proj.weight.numel()
     once = patches + 5 * dim + model.head.weight.numel()
     return (once + (n * per_token + 2 * n**2 * dim).sum(dim=1)) / 1e9
@@ -117,19 +120,26 @@ def exit_gflops(model: Adaptive) -> list[float]:
 
 
 @torch.inference_mode()
-def fit_knob(model: Adaptive, images: Tensor, share: float) -> None:
+def fit_knob(
+    model: Adaptive,
+    images: Tensor,
+    share: float,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> None:
     """Move a model's first knob to where images cost a share of the most that they can, on average.
 
     Args:
         model: in evaluation mode; what a stage costs must depend on the image.
         images: [B,3,S,S].
         share: from 0 to 1, of the mean cost at the dearer end of the knob.
+        autocast: makes the context that the model is to be run in; what an image costs may depend on it.
     """
     name, (kind, low, high) = next(iter(model.knobs.items()))
 
     def cost(value: float) -> float:
         setattr(model, name, value)
-        costs = [model.image_gflops(k, output.info) for k, output in enumerate(model(images))]
+        with autocast():
+            costs = [model.image_gflops(k, output.info) for k, output in enumerate(model(images))]
         return sum(cost.mean().item() for cost in costs if cost is not None)
 
     cheap, dear = sorted((low, high), key=cost)
