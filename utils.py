@@ -396,6 +396,13 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists what there is")
 
 
+def add_matmul_precision(parser: argparse._ActionsContainer) -> None:
+    """Add --matmul-precision, for torch.set_float32_matmul_precision."""
+    precise = "of float32 products: high takes TF32 on GPUs that have it, medium bfloat16"
+    choices = ("highest", "high", "medium")
+    parser.add_argument("--matmul-precision", default="highest", choices=choices, help=precise)
+
+
 class Number(NamedTuple):
     """A type of argparse: numbers from `low` to `high`, and finite.
 

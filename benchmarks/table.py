@@ -26,7 +26,7 @@ from engine import Precision
 from inference.streaming import compile_models, uncompile
 from models import Adaptive, flags
 from models.cost import fit_knob
-from models.weights import baseline_model
+from models.weights import baseline_model, cast_weights
 from utils import InputError, log
 
 COLUMNS = """
@@ -185,7 +185,14 @@ class Bench:
 
     def __init__(self, baseline: ModelSpec, precision: Precision, options: Options):
         self.spec, self.precision, self.options = baseline, precision, options
-        self.baseline = TimedModel(baseline, options.img_size, precision.device)
+        self.baseline = self.timed_model(baseline)
+
+    def timed_model(self, spec: ModelSpec) -> TimedModel:
+        """Build a model as it is timed."""
+        timed = TimedModel(spec, self.options.img_size, self.precision.device)
+        if self.precision.weights:
+            cast_weights(timed.model, self.precision.weights)
+        return timed
 
     def rows(self, spec: ModelSpec, batch_sizes: list[int | str]) -> list[Row]:
         """Return all rows of a model; where it fails, a row says so.
@@ -196,9 +203,7 @@ class Bench:
         """
         options, baseline = self.options, self.baseline
         try:
-            timed = (
-                baseline if spec == self.spec else TimedModel(spec, options.img_size, self.precision.device)
-            )
+            timed = baseline if spec == self.spec else self.timed_model(spec)
         except Exception as error:  # whatever a model raises belongs into its row
             return [failed({"model": spec.text, "batch_size": size}, error) for size in batch_sizes]
         points, model = TRAINING, timed.model
@@ -233,7 +238,8 @@ class Bench:
         pad = bool(options.compile)
         workload = exit_workload(model, self.precision, batch_size, shares, options.seed, pad)
         if point and point.cost is not None:
-            fit_knob(model, torch.cat(workload.batches)[:FITTED], point.cost)
+            with self.precision.autocast():
+                fit_knob(model, torch.cat(workload.batches)[:FITTED], point.cost)
         return workload
 
     def largest(self, timed: TimedModel, points: list[Point]) -> int:

@@ -7,6 +7,7 @@ norms; it skips the fused attention kernel silently, so a handle for it is added
 import logging
 import warnings
 from collections import Counter
+from copy import deepcopy
 from math import prod
 
 import torch
@@ -70,6 +71,8 @@ def stage_gflops(model: Adaptive) -> list[float]:
         from fvcore.nn.jit_handles import elementwise_flop_counter
 
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
+    if any(parameter.dtype.itemsize < 4 for parameter in model.parameters()):  # of `cast_weights`
+        model = deepcopy(model).float()
     training = model.training
     model.eval()
     image = torch.zeros(1, 3, model.img_size, model.img_size, device=next(model.parameters()).device)

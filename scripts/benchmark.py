@@ -29,6 +29,7 @@ from benchmarks.table import COLUMNS, Bench, ModelSpec, Options, Row, title
 from benchmarks.timing import cpu_name, device_name, dtype_name
 from engine import Precision
 from inference import streaming
+from inference.session import add_precision
 from models.registry import registered
 from utils import NON_NEGATIVE, NON_NEGATIVE_INT, POSITIVE_INT, SHARE, InputError, log
 
@@ -98,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     workers = min(8, os.cpu_count() or 1)
     add("--num_workers", "--workers", type=NON_NEGATIVE_INT, default=workers, help="loading processes")
     add("--device", help="default: cuda if there is one, else cpu")
-    add("--amp", default="none", choices=("none", "bf16", "fp16"), help="autocast")
+    add_precision(parser)
     streaming.add_compile(parser)
     add("--train", action="store_true", help="time training steps instead of inference")
     add("--threads", type=POSITIVE_INT, help="of the CPU; default: PyTorch's choice")
@@ -188,9 +189,12 @@ def measure_models(bench: Bench, specs: list[ModelSpec], sizes: list[int | str])
 def describe(precision: Precision, compile: str | None) -> str:
     """Return the line above a table: the machine, the versions, and how models run."""
     machine = dict.fromkeys([device_name(precision.device), cpu_name()])
+    products = torch.get_float32_matmul_precision()
     return (
         f"{', '.join(machine)}, {torch.get_num_threads()} threads,"
         f" PyTorch {torch.__version__}, timm {timm.__version__}, {dtype_name(precision)},"
+        f"{' weights cast once,' if precision.weights else ''}"
+        f"{f' matmul precision {products},' if products != 'highest' else ''}"
         f" {f'compiled ({compile})' if compile else 'eager'}"
     )
 
@@ -201,6 +205,8 @@ def main() -> None:
     args = make_parser().parse_args()
     if args.loader and ("auto" in args.batch_size or args.png):
         raise InputError("--loader takes --batch-size as numbers, and draws no --png")
+    if args.weights != "fp32" and (args.train or args.loader):
+        raise InputError(f"--weights {args.weights} is for inference: not with --train or --loader")
     default = [args.baseline] if args.loader else LISTS["project"]
     specs, baseline = choose_models(args.list, args.models, default), ModelSpec.of(args.baseline)
     context = utils.start(args.device, args.seed)
@@ -209,7 +215,8 @@ def main() -> None:
     # Say on what and how models run.
     if args.threads:
         torch.set_num_threads(args.threads)
-    precision = Precision.of(context.device, args.amp)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    precision = Precision.inference(context.device, args.amp, args.weights)
     header = describe(precision, args.compile) + ("" if args.loader else f", baseline {args.baseline}")
     log.info(header)
     # Measure, and write what is asked for.
