@@ -201,31 +201,39 @@ CPU_BF16 = Precision.inference(torch.device("cpu"), None, "bf16")
 
 @pytest.mark.parametrize("name", [*(name for name in registered if name.endswith("nano")), "dvt_t2t_vit_12"])
 def test_weights_cast_once_give_what_autocast_gives(name: str) -> None:
-    """To the last bit, so the exits are the same; and what costs is counted as before."""
+    """To the last bit, so the exits are the same."""
     torch.manual_seed(0)
     model = small(name)
-    images = torch.rand(4, 3, model.img_size, model.img_size)
+    images = torch.rand(3, 3, model.img_size, model.img_size)
     thresholds = [1 / 10 + 0.02] * (model.num_exits - 1)
-    results, casts, gflops = [], [], []
+    results, casts = [], []
     for _ in range(2):
-        with CPU_BF16.autocast(), torch.inference_mode(), CastParameters(model) as cast:
-            results.append([*(out.logits for out in model(images)), *early_exit(model, images, thresholds)])
+        with CPU_BF16.autocast(), torch.no_grad():
+            with CastParameters(model) as cast:
+                outputs = model(images)
+            results.append([*(out.logits for out in outputs), *early_exit(model, images, thresholds)])
         casts.append(cast.types)
-        gflops.append(stage_gflops(model))
         cast_weights(model, CPU_BF16.weights)
-    assert all(map(torch.equal, *results)) and gflops[0] == gflops[1]
+    assert all(map(torch.equal, *results))
     assert casts[0].count(torch.float32) > 4 and casts[1] == []
-    kept = [part.weight.dtype for part in model.modules() if isinstance(part, torch.nn.LayerNorm)]
-    assert set(kept) == {torch.float32} and model.head.weight.dtype == torch.bfloat16
+    norms = {part.weight.dtype for part in model.modules() if isinstance(part, torch.nn.LayerNorm)}
+    alone = {
+        value.dtype
+        for part in model.modules()
+        if hasattr(part, "float32_only")
+        for value in part.parameters()
+    }
+    assert norms == {torch.float32} and alone == ({torch.float32} if name == "dvt_t2t_vit_12" else set())
 
 
 def test_weights_of_one_type_are_not_computed_with_in_another() -> None:
-    cpu = torch.device("cpu")
+    cpu, model = torch.device("cpu"), small("lf_deit_nano")
+    gflops = stage_gflops(model)
+    cast_weights(model, torch.bfloat16)
+    assert stage_gflops(model) == gflops  # counted in float32
     assert (CPU_BF16.dtype, CPU_BF16.weights) == (torch.bfloat16, torch.bfloat16)
     assert Precision.inference(cpu, "bf16", "bf16") == CPU_BF16
-    assert (
-        Precision.inference(cpu, None, "fp32") == Precision.inference(cpu, "none", "fp32") == Precision(cpu)
-    )
+    assert all(Precision.inference(cpu, amp, "fp32") == Precision(cpu) for amp in (None, "none"))
     for amp, weights in (("fp16", "bf16"), ("none", "bf16"), ("bf16", "fp16")):
         with pytest.raises(InputError, match=f"--weights {weights} computes in {weights}: not with --amp"):
             Precision.inference(cpu, amp, weights)
