@@ -124,7 +124,7 @@ def test_results_say_which_types_they_were_computed_in(
     command: Command, folder: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     line = ["--checkpoint_path", checkpoint, "--data_url", folder, "--device", "cpu", "--num_workers", 0]
-    line += ["--eval-mode", 2, "--threshold", 0.5, "--repeats", 1]
+    line += ["--eval-mode", 2, "--threshold", 0.5, "--repeats", 1, "--warmup", 0]
     ended = command("dynamic_inference", *line, "--weights", "bf16", "--amp", "fp16")
     assert ended.code == 2 and "--weights bf16 computes in bf16: not with --amp fp16" in ended.err
     stored = []
