@@ -7,8 +7,7 @@ norms; it skips the fused attention kernel silently, so a handle for it is added
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from math import prod
 
 import torch
@@ -72,6 +71,8 @@ def stage_gflops(model: Adaptive) -> list[float]:
         from fvcore.nn.jit_handles import elementwise_flop_counter
 
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
+    if any(parameter.dtype.itemsize < 4 for parameter in model.parameters()):  # of `cast_weights`
+        model = deepcopy(model).float()
     training = model.training
     model.eval()
     image = torch.zeros(1, 3, model.img_size, model.img_size, device=next(model.parameters()).device)
@@ -120,26 +121,19 @@ def exit_gflops(model: Adaptive) -> list[float]:
 
 
 @torch.inference_mode()
-def fit_knob(
-    model: Adaptive,
-    images: Tensor,
-    share: float,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
-) -> None:
+def fit_knob(model: Adaptive, images: Tensor, share: float) -> None:
     """Move a model's first knob to where images cost a share of the most that they can, on average.
 
     Args:
         model: in evaluation mode; what a stage costs must depend on the image.
         images: [B,3,S,S].
         share: from 0 to 1, of the mean cost at the dearer end of the knob.
-        autocast: makes the context that the model is to be run in; what an image costs may depend on it.
     """
     name, (kind, low, high) = next(iter(model.knobs.items()))
 
     def cost(value: float) -> float:
         setattr(model, name, value)
-        with autocast():
-            costs = [model.image_gflops(k, output.info) for k, output in enumerate(model(images))]
+        costs = [model.image_gflops(k, output.info) for k, output in enumerate(model(images))]
         return sum(cost.mean().item() for cost in costs if cost is not None)
 
     cheap, dear = sorted((low, high), key=cost)

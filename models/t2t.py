@@ -62,6 +62,8 @@ class TokenPerformer(nn.Module):
     Without autocast: the exponentials have a wide range. Both dropouts are the method's own, at a fixed rate.
     """
 
+    float32_only = True  # see models.weights.cast_weights
+
     def __init__(self, dim: int, width: int):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(width)

@@ -16,7 +16,7 @@ from timm.models import register_model
 from torch import Tensor
 
 from benchmarks import timing
-from benchmarks.table import COLUMNS, Bench, ModelSpec, Options, TimedModel, operating_points
+from benchmarks.table import COLUMNS, Bench, ModelSpec, Options, Point, TimedModel, operating_points
 from benchmarks.timing import (
     Workload,
     exit_workload,
@@ -682,3 +682,13 @@ def test_a_target_out_of_range_names_the_range(text: str, command: Command) -> N
     low, high = TimedModel(ModelSpec.of(text), None, CPU).reachable()
     with pytest.raises(InputError, match=f"costs {low:.3f} to {high:.3f}" if high > low else "always"):
         TimedModel(ModelSpec.of(text), None, CPU).aim(0.1)
+
+
+def test_a_knob_is_fitted_in_the_precision_that_is_timed() -> None:
+    """The tokens that halt depend on the precision, and with them what an image costs."""
+    bench = Bench(ModelSpec.of(f"avit_deit_nano:{SMALL}"), Precision(CPU, torch.bfloat16), Options())
+    types: list[torch.dtype] = []
+    hook = bench.baseline.model.blocks[0].mlp.register_forward_hook(lambda *call: types.append(call[2].dtype))
+    bench.workload(bench.baseline, 2, Point("", [1.0], 0.8))
+    hook.remove()
+    assert set(types) == {torch.bfloat16}

@@ -255,11 +255,3 @@ def test_stages_export_with_a_free_batch_size(name: str) -> None:
         for value, expected in zip(ours[:kept], theirs[:kept], strict=True):
             assert_close(value, expected, atol=1e-5, rtol=1e-5)
         info = {name: value.contiguous() for name, value in model.stage(k, images, info).info.items()}
-
-
-def test_a_knob_is_fitted_in_the_precision_that_is_asked_for() -> None:
-    model = timm.create_model("avit_deit_nano", num_classes=5).eval()
-    types, images = [], torch.randn(2, 3, model.img_size, model.img_size)
-    model.blocks[0].mlp.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
-    fit_knob(model, images, 0.5, Precision(CPU.device, torch.bfloat16).autocast)
-    assert set(types) == {torch.bfloat16}
