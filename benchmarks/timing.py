@@ -164,7 +164,9 @@ class Batches:
             return
         orders = [torch.randperm(len(self.images), generator=self.generator) for _ in range(times)]
         for rows in torch.cat(orders).to(self.images.device).split(self.batch_size):
-            yield self.precision.place([self.images[rows]])[0]
+            with torch.inference_mode(False):  # tensors of another kind would compile a stage again
+                (batch,) = self.precision.place([self.images[rows]])
+            yield batch
 
 
 class Workload(NamedTuple):
