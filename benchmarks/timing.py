@@ -363,8 +363,9 @@ def largest_batch(run: Callable[[int], object], cap: int, first: int = 64) -> in
                 raise
             return False
         finally:
-            gc.collect()  # what the failed run held lies in the cycles of its traceback
-            torch.cuda.empty_cache()
+            if torch.cuda.is_available():
+                gc.collect()  # what a failed run held lies in the cycles of its traceback
+                torch.cuda.empty_cache()
 
     size = min(first, cap)
     while not fits(size):
