@@ -14,6 +14,7 @@ import argparse
 import csv
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import timm
@@ -178,22 +179,19 @@ def write_csv(rows: list[Row], path: Path, columns: list[str]) -> None:
 def write_tables(
     rows: list[Row], columns: list[str], table: str, to_csv: Path | None, to: Path | None
 ) -> None:
-    """Print a table, and write all numbers as CSV and the table itself to files, where these are given."""
-    print(table, end="")
+    """Write all numbers as CSV and the table itself to files, where these are given."""
     if to_csv:
         utils.write_atomically(to_csv, lambda path: write_csv(rows, path, columns))
     if to:
         utils.write_atomically(to, lambda path: path.write_text(table))
 
 
-def measure_models(bench: Bench, specs: list[ModelSpec], sizes: list[int | str]) -> list[Row]:
-    """Return the rows of all models; no two are in memory at once."""
-    rows: list[Row] = []
+def measure_models(bench: Bench, specs: list[ModelSpec], sizes: list[int | str]) -> Iterator[list[Row]]:
+    """Yield the rows of each model; no two are in memory at once."""
     for spec in specs:
-        rows += bench.rows(spec, sizes)
+        yield bench.rows(spec, sizes)
         gc.collect()  # a model that failed holds its memory in cycles
         torch.cuda.empty_cache()
-    return rows
 
 
 def describe(precision: Precision, compile: str | None) -> str:
@@ -251,12 +249,16 @@ def main() -> None:
         where = args.img_size, args.data_path, args.batch_size
         rows = loading.measure(specs[0], *where, precision, options)
         table = loading.as_markdown(rows, header)
+        print(table, end="")
         return write_tables(rows, loading.COLUMNS, table, args.csv, args.markdown)
     given = {name: getattr(args, name) for name in Options._fields if getattr(args, name) is not None}
     bench = Bench(baseline, precision, Options(**given))
     bench.check_target(specs)
-    rows = measure_models(bench, specs, args.batch_size)
-    write_tables(rows, COLUMNS, as_markdown(rows, header), args.csv, args.markdown)
+    rows: list[Row] = []
+    for new in measure_models(bench, specs, args.batch_size):
+        rows += new  # what is measured is kept, should the next model end the process
+        write_tables(rows, COLUMNS, as_markdown(rows, header), args.csv, args.markdown)
+    print(as_markdown(rows, header), end="")
     if args.png:
         draw(rows, header, args.png)
     if not any("images_per_second" in row for row in rows):
