@@ -13,6 +13,7 @@ import _root as _root
 
 import argparse
 import csv
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 from sklearn.base import ClassifierMixin
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
@@ -73,7 +75,10 @@ Rows = tuple[np.ndarray, np.ndarray]  # values [n, number of values] and labels 
 
 def correct(model: ClassifierMixin, fitted: Rows, held: Rows) -> np.ndarray:
     """Train a classifier on rows and return whether it is right on each of others, as 0 or 1."""
-    return (model.fit(*fitted).predict(held[0]) == held[1]).astype(float)
+    with warnings.catch_warnings():  # whether the last digit of the loss still moves does not matter here
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(*fitted)
+    return (model.predict(held[0]) == held[1]).astype(float)
 
 
 def percent(shares: np.ndarray) -> str:
