@@ -13,6 +13,8 @@ import argparse
 import os
 from pathlib import Path
 
+import torch
+
 import datasets
 import utils
 from benchmarks.early_exit import TimedPasses, time_early_exit
@@ -30,7 +32,7 @@ from inference.budgets import (
 )
 from inference.evaluation import evaluate_exits, print_stored, sweep_thresholds, vary_knob
 from inference.prediction import predict_files
-from inference.session import Loading, ResultFile, open_model, open_session
+from inference.session import Loading, ResultFile, add_precision, open_model, open_session
 from models import flags, registry
 from utils import NON_NEGATIVE, NON_NEGATIVE_INT, POSITIVE_INT, InputError
 
@@ -93,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="JSON file that gets the results instead of the checkpoint",
     )
     utils.add_device(parser)
-    add("--amp", default="none", choices=("none", "fp16", "bf16"), help="autocast")
+    add_precision(parser)
     return parser
 
 
@@ -165,9 +167,11 @@ def main() -> None:
     context = utils.start(args.device, require_cuda=args.require_cuda)
     utils.start_logging(context)
     utils.log_device(context, args.device)
+    torch.set_float32_matmul_precision(args.matmul_precision)
     evaluates = not (args.images or args.solve or args.vary) and args.budget is None  # as --eval-mode says
     if evaluates and args.eval_mode == 3:
         return print_stored(args.checkpoint_path, args.results) if context.is_main else None
+    precision = Precision.inference(context.device, args.amp, args.weights)
     # The model with its data
     checkpoint = load_checkpoint(args.checkpoint_path)
     results = ResultFile(Path(args.checkpoint_path), args.results)
@@ -178,7 +182,7 @@ def main() -> None:
     written = args.results or args.output
     bad_list = written.with_name("bad_images.txt") if written else None
     loading = Loading(args.batch_size, args.num_workers, args.max_bad_images, bad_list, args.device_normalize)
-    source, precision = DataSource.of(args, args.data_url), Precision.of(context.device, args.amp)
+    source = DataSource.of(args, args.data_url)
     session = open_session(trained, source, args.split, context, precision, loading, results)
     # What is asked of it
     stored = load_json(args.results) if args.results and args.results.is_file() else None

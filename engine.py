@@ -23,7 +23,7 @@ from loading.sampler import names_of_batch
 from models import Adaptive, StageOutput
 from models.cost import stage_gflops
 from models.exits import Predictions, choose_exits, confidence, uniform_thresholds
-from utils import MainError, gather, log, sum_over_ranks, widest_float
+from utils import InputError, MainError, gather, log, sum_over_ranks, widest_float
 
 
 class Precision(NamedTuple):
@@ -33,11 +33,13 @@ class Precision(NamedTuple):
         device: where the model runs.
         dtype: bfloat16, float16 or None.
         memory_format: of the images.
+        weights: what inference casts weights to, once, see `models.weights.cast_weights`; or None.
     """
 
     device: torch.device
     dtype: torch.dtype | None = None
     memory_format: torch.memory_format = torch.contiguous_format
+    weights: torch.dtype | None = None
 
     @classmethod
     def of(cls, device: torch.device, name: str, channels_last: bool = False) -> "Precision":
@@ -46,6 +48,18 @@ class Precision(NamedTuple):
             name = "fp16" if device.type == "cuda" else "none"
         dtype = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
         return cls(device, dtype, torch.channels_last if channels_last else torch.contiguous_format)
+
+    @classmethod
+    def inference(cls, device: torch.device, amp: str | None, weights: str) -> "Precision":
+        """Make it from --amp, None for what --weights needs, and --weights.
+
+        Raises:
+            InputError: autocast computes in another type than that of the weights.
+        """
+        if weights != "fp32" and amp not in (None, weights):
+            raise InputError(f"--weights {weights} computes in {weights}: not with --amp {amp}")
+        precision = cls.of(device, amp or {"fp32": "none"}.get(weights, weights))
+        return precision._replace(weights=None if weights == "fp32" else precision.dtype)
 
     def place(self, batch: list[Tensor]) -> list[Tensor]:
         """Return a batch on the device, its images in the memory format."""

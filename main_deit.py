@@ -174,6 +174,7 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
     add("--amp", nargs="?", const="fp16", default="auto", choices=AMP, help="auto: fp16 on CUDA")
     old = dict(dest="amp", action="store_const", const="fp16", help="the same as --amp fp16")
     add("--apex-amp", "--native-amp", **old)
+    utils.add_matmul_precision(group)
     add("--compile", action="store_true", help="compile the model with torch.compile")
     add("--channels-last", action="store_true", help="memory format of images and convolutions")
     add("--seed", type=int, default=0)
@@ -739,7 +740,7 @@ def training_loader(
     loading: dict[str, Any],
     device: dict[str, Any],
 ) -> DataLoader | DeviceLoader:
-    """Load training images, shuffled; `device` is the device and, where bytes go there, how they are input."""
+    """Load training images, shuffled; `device` is what `device_options` returns."""
     loader = loaders.train_loader(readable, batch_size, **order, **loading)
     return DeviceLoader(loader, **device) if "config" in device else prefetched(loader, **device)
 
@@ -773,6 +774,7 @@ def main() -> None:
     if args.deterministic:
         be_deterministic()
     context = utils.start(args.device, args.seed, args.require_cuda)
+    torch.set_float32_matmul_precision(args.matmul_precision)
     precision = Precision.of(context.device, args.amp, args.channels_last)
     folder = Path(args.output_dir) if args.output_dir else None
     trains = not (args.eval or args.demo or args.only_test_speed)

@@ -581,6 +581,13 @@ def add_device(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--require-cuda", action="store_true", help="end, instead of running without CUDA")
 
 
+def add_matmul_precision(parser: argparse._ActionsContainer) -> None:
+    """Add --matmul-precision, for torch.set_float32_matmul_precision."""
+    precise = "of float32 products: high takes TF32 on GPUs that have it, medium bfloat16"
+    choices = ("highest", "high", "medium")
+    parser.add_argument("--matmul-precision", default="highest", choices=choices, help=precise)
+
+
 class Number(NamedTuple):
     """A type of argparse: numbers from `low` to `high`, and finite.
 

@@ -9,13 +9,14 @@ from torch.utils.data import DataLoader
 import utils
 from benchmarks.timing import Timing, time_pass
 from checkpointing.format import Results
+from engine import Precision
 from inference.session import Session
 from inference.streaming import ExitStream, all_stages, compile_models, uncompile
 from inference.thresholds import threshold_text
 from models import Adaptive
 from models.cost import exit_gflops
 from models.exits import operating_points
-from models.weights import baseline_model
+from models.weights import baseline_model, cast_weights
 from utils import log
 
 
@@ -50,14 +51,17 @@ def time_early_exit(session: Session, thresholds: list[float], options: TimedPas
     if options.baseline:
         plain = baseline_model(options.baseline, model.num_classes, model.img_size)
         baseline_gflops = exit_gflops(plain)[-1]
-        systems.append((plain.to(context.device), []))
+        plain.to(context.device)
+        if session.precision.weights:
+            cast_weights(plain, session.precision.weights)
+        systems.append((plain, []))
     # Passes of both in turn.
     passes = time_systems(session, systems, loader, options)
     loader.dataset.bad.report(context.device)
     shares, accuracy = exits_and_accuracy(passes[0][0], model.num_exits, context.device)
     # What an image costs may depend on it.
     mean_gflops = sum(share * cost for share, cost in zip(shares, session.gflops, strict=True))
-    if cost_depends_on_image(model, context.device):
+    if cost_depends_on_image(model, session.precision):
         row = torch.tensor([thresholds], dtype=torch.float32)
         mean_gflops = operating_points(session.predict(dataset), row, session.gflops).gflops.item()
     rows = [["early exit", mean_gflops, *speeds(passes[0], context)]]
@@ -110,9 +114,10 @@ def exits_and_accuracy(timing: Timing, num_exits: int, device: torch.device) -> 
 
 
 @torch.inference_mode()
-def cost_depends_on_image(model: Adaptive, device: torch.device) -> bool:
+def cost_depends_on_image(model: Adaptive, precision: Precision) -> bool:
     """Return whether what some stage costs depends on the image."""
-    outputs = model(torch.zeros(1, 3, model.img_size, model.img_size, device=device))
+    with precision.autocast():
+        outputs = model(torch.zeros(1, 3, model.img_size, model.img_size, device=precision.device))
     return any(model.image_gflops(k, output.info) is not None for k, output in enumerate(outputs))
 
 

@@ -30,7 +30,7 @@ from engine import Precision
 from inference.streaming import compile_models, uncompile
 from models import Adaptive, flags
 from models.cost import exit_gflops, fit_knob
-from models.weights import baseline_model
+from models.weights import baseline_model, cast_weights
 from utils import InputError, log
 
 COLUMNS = """
@@ -273,15 +273,21 @@ class Bench:
 
     def __init__(self, baseline: ModelSpec, precision: Precision, options: Options):
         self.spec, self.precision, self.options = baseline, precision, options
-        self.baseline = TimedModel(baseline, options.img_size, precision.device)
+        self.baseline = self.build(baseline)
         self.baselines: dict[int, Workload] = {}  # by batch size
         self.methods: dict[Adaptive, dict[str, Callable]] = {}  # of compiled models
         if options.compile:
             torch._dynamo.reset()  # recompilations of earlier models do not count
 
+    def build(self, spec: ModelSpec) -> TimedModel:
+        """Build a model as it is timed."""
+        timed = TimedModel(spec, self.options.img_size, self.precision.device)
+        if self.precision.weights:
+            cast_weights(timed.model, self.precision.weights)
+        return timed
+
     def timed_model(self, spec: ModelSpec) -> TimedModel:
-        same = spec == self.spec
-        return self.baseline if same else TimedModel(spec, self.options.img_size, self.precision.device)
+        return self.baseline if spec == self.spec else self.build(spec)
 
     def check_target(self, specs: list[ModelSpec]) -> None:
         """Check, before anything is timed, that all models can cost what is aimed at.
@@ -346,7 +352,8 @@ class Bench:
             batches = max(PASS, math.ceil(FITTED / batch_size))
         workload = exit_workload(model, self.precision, batch_size, shares, options.seed, pad, batches)
         if point and point.cost is not None:
-            fit_knob(model, workload.batches.images[:FITTED], point.cost)
+            with self.precision.autocast():  # what an image costs may depend on it
+                fit_knob(model, workload.batches.images[:FITTED], point.cost)
         return workload
 
     def largest(self, timed: TimedModel, points: list[Point]) -> int:

@@ -163,7 +163,9 @@ class Batches:
             return
         orders = [torch.randperm(len(self.images), generator=self.generator) for _ in range(times)]
         for rows in torch.cat(orders).to(self.images.device).split(self.batch_size):
-            yield self.precision.place([self.images[rows]])[0]
+            with torch.inference_mode(False):  # tensors of another kind would compile a stage again
+                (batch,) = self.precision.place([self.images[rows]])
+            yield batch
 
 
 class Workload(NamedTuple):
@@ -360,8 +362,9 @@ def largest_batch(run: Callable[[int], object], cap: int, first: int = 64) -> in
                 raise
             return False
         finally:
-            gc.collect()  # what the failed run held lies in the cycles of its traceback
-            torch.cuda.empty_cache()
+            if torch.cuda.is_available():
+                gc.collect()  # what a failed run held lies in the cycles of its traceback
+                torch.cuda.empty_cache()
 
     size = min(first, cap)
     while not fits(size):

@@ -196,8 +196,8 @@ class Run(Observer):
         before, self.scale = self.scale, self.update.scaler.get_scale()
         if self.scale < min(before, LEAST_SCALE):
             raise utils.MainError(
-                f"the scale of fp16 gradients has fallen to {self.scale:.1g} at epoch {self.epoch}, step {step}"
-                " and they are still not finite: take --amp bf16 or none, or a lower --lr"
+                f"the scale of fp16 gradients has fallen to {self.scale:.1g} at epoch {self.epoch},"
+                f" step {step}, and they are still not finite: take --amp bf16 or none, or a lower --lr"
             )
 
     def now(self) -> tuple[float, int]:

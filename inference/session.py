@@ -1,5 +1,6 @@
 """A trained model opened from its checkpoint, and a session: the model, its data and a place for results."""
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from loading.loaders import AS_BYTES, DeviceLoader, EvalLoader, Shard, prefetche
 from models import Adaptive, StageOutput
 from models.cost import exit_gflops
 from models.exits import Predictions
-from models.weights import model_from_checkpoint
+from models.weights import cast_weights, model_from_checkpoint
 from utils import InputError, MainError, log
 
 
@@ -86,6 +87,15 @@ class TrainedModel(NamedTuple):
         of = {"weights": self.weights, "digest": self.digest, "epoch": self.checkpoint.get("epoch")}
         of |= {"split": split} | {name: as_lists(value) for name, value in settings.items()}
         return {name: value for name, value in of.items() if value is not None}
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the types that inference computes in."""
+    add = parser.add_argument
+    add("--amp", choices=("none", "fp16", "bf16"), help="autocast; default: none, or the type of --weights")
+    once = "cast weights once, to what autocast takes, instead of at every call; float32 parts stay"
+    add("--weights", default="fp32", choices=("fp32", "fp16", "bf16"), help=once)
+    utils.add_matmul_precision(parser)
 
 
 def open_model(
@@ -242,6 +252,10 @@ class Session(NamedTuple):
     def store(self, results: Results, extra: dict[str, Any]) -> None:
         """Keep results, see `ResultFile.add`."""
         of, device = self.trained.results_of(self.split), utils.device_name(self.context.device)
+        if self.precision.weights:
+            of["weights_dtype"] = str(self.precision.weights).removeprefix("torch.")
+        if (products := torch.get_float32_matmul_precision()) != "highest":
+            of["matmul_precision"] = products
         utils.by_main(self.context, lambda: self.results.add(results, extra, of, device))
 
     def print_table(self, title: str, header: list[str], rows: list[list[Any]]) -> None:
@@ -285,6 +299,8 @@ def open_session(
     gflops = exit_gflops(trained.model)
     check_flops(Results.of(trained.checkpoint).flops, gflops)
     trained.model.to(context.device).eval()
+    if precision.weights:
+        cast_weights(trained.model, precision.weights)
     return Session(trained, source, split, context, precision, loading, results, gflops)
 
 

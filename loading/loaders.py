@@ -157,16 +157,16 @@ class Tensors(tuple):
 class DeviceLoader:
     """Copy the next batch to the device, on a stream of its own, while the model works on this one.
 
-    Images may come as bytes, a quarter of what floats take, and are then normalised on the device. The numbers
-    are those of a transform that normalises, up to float rounding. Erasing draws its boxes and pixels as
-    timm's transform does, but in this process; it is not left to PrefetchLoader, which would draw for the
+    Images may come as bytes, a quarter of what floats take, and are then normalised on the device. The
+    numbers are those of a transform that normalises, up to float rounding. Erasing draws its boxes and pixels
+    as timm's transform does, but in this process; it is not left to PrefetchLoader, which would draw for the
     next batch before a checkpoint after this one stores the generators' states.
 
     Attributes of the loader can be read here.
 
     Args:
-        loader: its batches start with images [B,3,S,S]: uint8, from a transform made with AS_BYTES, or, without
-            `config`, float32.
+        loader: its batches start with images [B,3,S,S], uint8 from a transform made with AS_BYTES, or float32
+            where there is no `config`.
         device: where batches go.
         config: `mean` and `std` of the channels; other keys are not read. None leaves values as they are.
         re_prob, re_mode, re_count: of random erasing, as timm.data.create_transform takes them.

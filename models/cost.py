@@ -7,6 +7,7 @@ norms; it skips the fused attention kernel silently, so a handle for it is added
 import logging
 import warnings
 from collections import Counter
+from copy import deepcopy
 from math import prod
 
 import torch
@@ -70,6 +71,8 @@ def stage_gflops(model: Adaptive) -> list[float]:
         from fvcore.nn.jit_handles import elementwise_flop_counter
 
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
+    if any(parameter.dtype.itemsize < 4 for parameter in model.parameters()):  # of `cast_weights`
+        model = deepcopy(model).float()
     training = model.training
     model.eval()
     image = torch.zeros(1, 3, model.img_size, model.img_size, device=next(model.parameters()).device)
@@ -105,7 +108,8 @@ def token_gflops(model: AdaptiveViT, tokens: Tensor) -> Tensor:
     n, dim = tokens.to(widest_float(tokens.device)), model.embed_dim
     layers = [[m.weight.numel() for m in b.modules() if isinstance(m, nn.Linear)] for b in model.blocks]
     norms = 2 * 5 * dim  # fvcore counts 5 per element
-    per_token = n.new_tensor([sum(sizes) + norms for sizes in layers])  # [L]
+    # Filled in place: to copy a list to a device makes the host wait.
+    per_token = torch.stack([n.new_full((), sum(sizes) + norms) for sizes in layers])  # [L]
     patches = (model.img_size // model.patch_size) ** 2 * model.patch_embed.proj.weight.numel()
     once = patches + 5 * dim + model.head.weight.numel()
     return (once + (n * per_token + 2 * n**2 * dim).sum(dim=1)) / 1e9

@@ -138,7 +138,7 @@ class ReuseBlock(Block):
 
 def at_places(x: Tensor, places: Tensor, dim: int) -> Tensor:
     """Take from dimension `dim` of x [B,...] what is at `places` [B,n]; zeros where a place is -1."""
-    shape, index = [len(places)] + [1] * (x.ndim - 1), list(x.shape)
+    shape, index = [places.shape[0]] + [1] * (x.ndim - 1), list(x.shape)
     shape[dim] = index[dim] = places.shape[1]
     places = places.view(shape)
     return x.gather(dim, places.clamp(min=0).expand(index)).where(places >= 0, 0.0)
@@ -208,7 +208,7 @@ class Exit(AdaptiveViT):
         (w0, b0), (w1, b1) = ((conv.weight.flatten(1), conv.bias) for conv in self.relation_reuse_conv[::2])
         rows = relation.flatten(2).transpose(1, 2).flatten(0, 1)  # [B*N'*N',L*H]
         mixed = [F.linear(F.gelu(F.linear(part, w0, b0)), w1, b1) for part in rows.split(ROWS)]
-        parts = len(relation), relation.shape[2:].numel()
+        parts = relation.shape[0], relation.shape[2:].numel()
         return torch.cat(mixed).unflatten(0, parts).transpose(1, 2).view(relation.shape)
 
     def stage(self, k: int, images: Tensor, prev: dict[str, Tensor]) -> StageOutput:
@@ -220,7 +220,7 @@ class Exit(AdaptiveViT):
         need = "relation" if self.hands_relation else None
         reduces = type(self).reduce is not AdaptiveViT.reduce
         if reduces:
-            info["places"] = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+            info["places"] = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         for i, (block, bias) in enumerate(zip(self.blocks, biases, strict=True)):
             # Training computes all, so that the last block's small network has its gradient, of zero.
             alone = self.last and block is self.blocks[-1] and not self.training

@@ -163,7 +163,7 @@ class EViT(AdaptiveViT):
         x, best = self.reorganise(x, scores[:, prefix - 1 :], kept)
         info[f"kept_{i}"] = best
         if "places" in info:  # a fused token stands nowhere
-            first = torch.arange(prefix, device=x.device).expand(len(x), -1)
+            first = torch.arange(prefix, device=x.device).expand(x.shape[0], -1)
             slots = torch.cat([first, prefix + best], dim=1)
             info["places"] = F.pad(info["places"].gather(1, slots), (0, int(self.fuse_token)), value=-1)
         return block.feed(x)

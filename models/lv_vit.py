@@ -113,9 +113,9 @@ class CFLVViT(CFViT):
         return Stem(self.patch_size, self.embed_dim, self.stem_width)
 
     def begin(self, images: Tensor) -> dict[str, Tensor]:
-        if not (self.training and self.mix_token and len(images)):
+        if not (self.training and self.mix_token and images.shape[0]):
             return {}
-        return {"mix_box": draw_box(self.stage_size, images.device).expand(len(images), -1)}
+        return {"mix_box": draw_box(self.stage_size, images.device).expand(images.shape[0], -1)}
 
     def embed_patches(self, images: Tensor, info: dict[str, Tensor], index: Tensor | None = None) -> Tensor:
         patches = self.patch_embed(images)

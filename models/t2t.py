@@ -62,6 +62,8 @@ class TokenPerformer(nn.Module):
     Without autocast: the exponentials have a wide range. Both dropouts are the method's own, at a fixed rate.
     """
 
+    float32_only = True  # see models.weights.cast_weights
+
     def __init__(self, dim: int, width: int):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(width)
@@ -79,9 +81,8 @@ class TokenPerformer(nn.Module):
     def forward(self, x: Tensor, channels: int = 1) -> Tensor:
         """`windows` [B,N,dim] of so many channels to [B,N,width]."""
         with torch.autocast(x.device.type, enabled=False):
-            k, q, v = norm_linear(x.to(self.kqv.weight.dtype), self.norm1, self.kqv, channels).chunk(
-                3, dim=-1
-            )
+            kqv = norm_linear(x.to(self.kqv.weight.dtype), self.norm1, self.kqv, channels)
+            k, q, v = kqv.chunk(3, dim=-1)
             k, q = self.features(k.float()), self.features(q.float())  # [B,N,m]
             out = q @ (k.transpose(1, 2) @ v.float()) / (q @ k.sum(dim=1)[..., None] + 1e-8)  # [B,N,c]
             x = v + self.drop(self.proj(out.to(v.dtype)))
@@ -99,9 +100,8 @@ class TokenTransformer(nn.Module):
 
     def forward(self, x: Tensor, channels: int = 1) -> Tensor:
         """`windows` [B,N,dim] of so many channels to [B,N,width]."""
-        q, k, v = norm_linear(x, self.norm1, self.attn["qkv"], channels)[:, None].chunk(
-            3, dim=-1
-        )  # each [B,1,N,c]
+        qkv = norm_linear(x, self.norm1, self.attn["qkv"], channels)
+        q, k, v = qkv[:, None].chunk(3, dim=-1)  # each [B,1,N,c]
         out = F.scaled_dot_product_attention(q, k, v, scale=x.shape[-1] ** -0.5)
         x = (v + self.attn["proj"](out))[:, 0]
         return x + self.mlp(self.norm2(x))

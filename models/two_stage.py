@@ -148,7 +148,7 @@ class TwoStageViT(AdaptiveViT):
         Its info: `kept` [B,4k], refined patches of the 2g x 2g grid, and what `select` and `run` add.
         """
         if self.training and not self.selecting:
-            every = torch.arange(self.stage_size**2, device=images.device).expand(len(images), -1)
+            every = torch.arange(self.stage_size**2, device=images.device).expand(images.shape[0], -1)
             refined, rest, extra = every, every[:, :0], {}
         else:
             refined, rest, extra = self.select(prev["cls_attn"])
@@ -170,7 +170,7 @@ class TwoStageViT(AdaptiveViT):
         stay = [take(slots, at.clamp(min=0)).where(at[..., None] >= 0, -1) for at in picture.kept]
         groups = picture.groups
         if groups is not None:
-            full = groups.new_zeros(len(groups), 4 * self.stage_size**2)
+            full = groups.new_zeros(groups.shape[0], 4 * self.stage_size**2)
             groups = full.scatter(1, slots.flatten(1), groups.repeat_interleave(4, dim=1))
         return picture._replace(refined=kept, kept=tuple(at.flatten(1) for at in stay), groups=groups)
 
@@ -191,7 +191,7 @@ class TwoStageViT(AdaptiveViT):
         side, p = 2 * self.stage_size, self.patch_size
         grid = images.unflatten(3, (side, p)).unflatten(2, (side, p))
         grid = grid.permute(0, 2, 4, 1, 3, 5)  # [B,2g,2g,3,p,p]
-        rows = torch.arange(len(images), device=images.device)[:, None]
+        rows = torch.arange(images.shape[0], device=images.device)[:, None]
         pixels = grid[rows, index // side, index % side].flatten(2)  # [B,n,3*p*p]
         proj = self.patch_embed.proj
         return F.linear(pixels, proj.weight.flatten(1), proj.bias)

@@ -93,6 +93,20 @@ def baseline_model(
     return model.eval()
 
 
+def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast, once, the weights that autocast to this type casts at every call: of linear maps, convolutions.
+
+    Outputs under autocast stay what they are. So all other parameters keep their type, as do modules that
+    compute without autocast, whose class says `float32_only = True`.
+    """
+    if getattr(module, "float32_only", False):
+        return
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        module.to(dtype)
+    for child in module.children():
+        cast_weights(child, dtype)
+
+
 def unwrapped(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
     """Return a state dict without what a wrapper, such as Lightning's, has put before the model's names.
 

@@ -234,8 +234,11 @@ class Acceptance:
             new = self.run_part(number, part)
             self.checks += new
             self.write()
-            for check in new:
-                log.info("%s: %s: %s (%s)", check.part, verdict(check), check.check, check.value)
+            asked = [check for check in new if check.met is not None and not check.goal]
+            bad = [check for check in asked if not check.met]
+            log.info("%s: %d of %d checks failed", part["name"], len(bad), len(asked))
+            for check in [*bad, *(check for check in new if check.goal)]:
+                log.info("  %s: %s (%s)", verdict(check), check.check, check.value)
 
     def run_part(self, number: int, part: dict[str, Any]) -> list[Check]:
         """Run a part within its limit and what is left of the time; return its lines of the report."""
@@ -334,4 +337,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends this ends its part too
     utils.run_command(main)

@@ -14,6 +14,7 @@ import argparse
 import csv
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import timm
@@ -26,9 +27,10 @@ from timm.models import model_entrypoint
 import utils
 from benchmarks import loading
 from benchmarks.table import COLUMNS, EAGER, Bench, ModelSpec, Options, Row, title
-from benchmarks.timing import cpu_name, device_name, dtype_name
+from benchmarks.timing import dtype_name
 from engine import Precision
 from inference import streaming
+from inference.session import add_precision
 from models.registry import registered
 from utils import NON_NEGATIVE, NON_NEGATIVE_INT, POSITIVE_INT, SHARE, InputError, Number, log
 
@@ -107,7 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
     workers = min(8, os.cpu_count() or 1)
     add("--num_workers", "--workers", type=NON_NEGATIVE_INT, default=workers, help="loading processes")
     utils.add_device(parser)
-    add("--amp", default="none", choices=("none", "bf16", "fp16"), help="autocast")
+    add_precision(parser)
     streaming.add_compile(parser)
     add("--require-compiled", action="store_true", help="exit with 1 where a row was not compiled")
     add("--train", action="store_true", help="time training steps instead of inference")
@@ -177,30 +179,30 @@ def write_csv(rows: list[Row], path: Path, columns: list[str]) -> None:
 def write_tables(
     rows: list[Row], columns: list[str], table: str, to_csv: Path | None, to: Path | None
 ) -> None:
-    """Print a table, and write all numbers as CSV and the table itself to files, where these are given."""
-    print(table, end="")
+    """Write all numbers as CSV and the table itself to files, where these are given."""
     if to_csv:
         utils.write_atomically(to_csv, lambda path: write_csv(rows, path, columns))
     if to:
         utils.write_atomically(to, lambda path: path.write_text(table))
 
 
-def measure_models(bench: Bench, specs: list[ModelSpec], sizes: list[int | str]) -> list[Row]:
-    """Return the rows of all models; no two are in memory at once."""
-    rows: list[Row] = []
+def measure_models(bench: Bench, specs: list[ModelSpec], sizes: list[int | str]) -> Iterator[list[Row]]:
+    """Yield the rows of each model; no two are in memory at once."""
     for spec in specs:
-        rows += bench.rows(spec, sizes)
+        yield bench.rows(spec, sizes)
         gc.collect()  # a model that failed holds its memory in cycles
         torch.cuda.empty_cache()
-    return rows
 
 
 def describe(precision: Precision, compile: str | None) -> str:
     """Return the line above a table: the machine, the versions, and how models run."""
     machine = dict.fromkeys([utils.device_name(precision.device), utils.cpu_name()])
+    products = torch.get_float32_matmul_precision()
     return (
         f"{', '.join(machine)}, {torch.get_num_threads()} threads,"
         f" PyTorch {torch.__version__}, timm {timm.__version__}, {dtype_name(precision)},"
+        f"{' weights cast once,' if precision.weights else ''}"
+        f"{f' matmul precision {products},' if products != 'highest' else ''}"
         f" {f'compiled ({compile})' if compile else 'eager'}"
     )
 
@@ -216,6 +218,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError(f"--loader takes no {' and no '.join(other)}")
     if args.loader and "auto" in args.batch_size:
         raise InputError("--loader takes --batch-size as numbers")
+    if args.weights != "fp32" and (args.train or args.loader):
+        raise InputError(f"--weights {args.weights} is for inference: not with --train or --loader")
     if args.require_compiled and not args.compile:
         raise InputError("--require-compiled: say how with --compile")
     if args.target_gflops and (args.exit_share is not None or args.train):
@@ -235,7 +239,8 @@ def main() -> None:
     # Say on what and how models run.
     if args.threads:
         torch.set_num_threads(args.threads)
-    precision = Precision.of(context.device, args.amp)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    precision = Precision.inference(context.device, args.amp, args.weights)
     header = describe(precision, args.compile) + ("" if args.loader else f", baseline {args.baseline}")
     log.info(header)
     # Measure, and write what is asked for.
@@ -244,12 +249,16 @@ def main() -> None:
         where = args.img_size, args.data_path, args.batch_size
         rows = loading.measure(specs[0], *where, precision, options)
         table = loading.as_markdown(rows, header)
+        print(table, end="")
         return write_tables(rows, loading.COLUMNS, table, args.csv, args.markdown)
     given = {name: getattr(args, name) for name in Options._fields if getattr(args, name) is not None}
     bench = Bench(baseline, precision, Options(**given))
     bench.check_target(specs)
-    rows = measure_models(bench, specs, args.batch_size)
-    write_tables(rows, COLUMNS, as_markdown(rows, header), args.csv, args.markdown)
+    rows: list[Row] = []
+    for new in measure_models(bench, specs, args.batch_size):
+        rows += new  # what is measured is kept, should the next model end the process
+        write_tables(rows, COLUMNS, as_markdown(rows, header), args.csv, args.markdown)
+    print(as_markdown(rows, header), end="")
     if args.png:
         draw(rows, header, args.png)
     if not any("images_per_second" in row for row in rows):

@@ -196,20 +196,26 @@ def draw_tint(rng: np.random.Generator, channels: int) -> np.ndarray:
 
 def paste(
     rng: np.random.Generator, canvas: np.ndarray, pattern: np.ndarray, box: Box, tint: np.ndarray
-) -> np.ndarray:
+) -> None:
     """Lay a pattern [n, n] in uint8 on a canvas [size, size, channels] into the box, a little turned.
 
     A garment is 0 where nothing is, and light clothes are little more: they are lifted, so as to be seen.
     """
-    size = len(canvas)
-    drawn_side = math.ceil(box.side * size / BASE)
-    if drawn_side < len(pattern):  # a reduction by sampling alone would leave rows out
-        small = Image.fromarray(pattern).resize((drawn_side, drawn_side), Image.Resampling.BILINEAR)
+    enlarged = len(canvas) / BASE
+    left, top, side = (enlarged * length for length in box)
+    if math.ceil(side) < len(pattern):  # a reduction by sampling alone would leave rows out
+        small = Image.fromarray(pattern).resize((math.ceil(side),) * 2, Image.Resampling.BILINEAR)
         pattern = np.asarray(small)
     angle = math.radians(rng.uniform(-5, 5))
-    drawn = render(pattern / np.float32(255), box, angle, size, BASE)[..., None]
+    # Only a window is drawn: the box, the px in which the pattern fades, and what the turn adds (sin 5 / 2).
+    margin = math.ceil(side / len(pattern) + 0.05 * side) + 1
+    x, y, width = math.floor(left) - margin, math.floor(top) - margin, math.ceil(side) + 2 * margin + 1
+    inner = Box(left - x, top - y, side)
+    drawn = render(pattern / np.float32(255), inner, angle, width, width)[max(-y, 0) :, max(-x, 0) :, None]
+    window = canvas[max(y, 0) : y + width, max(x, 0) : x + width]
+    drawn = drawn[: window.shape[0], : window.shape[1]]
     opacity = (8 * drawn).clip(0, 1)
-    return canvas * (1 - opacity) + opacity * tint * (LIFT + (1 - LIFT) * drawn)
+    window += opacity * (tint * (LIFT + (1 - LIFT) * drawn) - window)
 
 
 def draw_image(
@@ -229,9 +235,9 @@ def draw_image(
     for _ in range(rng.integers(5)):
         fragment = draw_fragment(rng, sources.garments[rng.integers(len(sources.garments))])
         box = draw_box(rng, look.sides, FRAGMENT / SOURCE)
-        canvas = paste(rng, canvas, fragment, box, draw_tint(rng, channels))
+        paste(rng, canvas, fragment, box, draw_tint(rng, channels))
     box = draw_box(rng, look.sides)
-    canvas = paste(rng, canvas, sources.garments[garment], box, tint)
+    paste(rng, canvas, sources.garments[garment], box, tint)
     return to_bytes(canvas + np.float32(0.03) * rng.standard_normal(canvas.shape, np.float32)), box
 
 

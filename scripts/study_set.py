@@ -13,6 +13,7 @@ import _root as _root
 
 import argparse
 import csv
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 from sklearn.base import ClassifierMixin
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
@@ -43,15 +45,20 @@ class Images(NamedTuple):
     objects: dict[int, np.ndarray]  # [n, 28 * 28 * c] each, by how often the image is reduced
 
 
-def read_images(data: Path, rows: list[dict[str, str]]) -> Images:
-    """Read the images of rows of boxes.csv."""
+def mode_of(path: Path) -> str:
+    """Return L for an image without colour, else RGB, as Pillow calls the two."""
+    with Image.open(path) as image:
+        return "RGB" if np.ptp(np.asarray(image.convert("RGB")), axis=2).any() else "L"
+
+
+def read_images(data: Path, rows: list[dict[str, str]], mode: str) -> Images:
+    """Read the images of rows of boxes.csv, as L or RGB."""
     boxes = np.array([[float(row[side]) for side in ("left", "top", "right", "bottom")] for row in rows])
     shortcuts: dict[str, list[np.ndarray]] = {"centre": [], "brightness": [], "pixels": []}
     objects: dict[int, list[np.ndarray]] = {shrink: [] for shrink in SHRINKS}
     for row, box in zip(rows, boxes, strict=True):
-        with Image.open(data / row["file"]) as image:
-            grey = image.mode == "L" or len(set(image.convert("RGB").getextrema())) == 1
-            image = image.convert("L" if grey else "RGB")
+        with Image.open(data / row["file"]) as opened:
+            image = opened.convert(mode)
         pixels = np.asarray(image).reshape(image.height, image.width, -1)
         shortcuts["centre"].append(pixels[image.height // 2, image.width // 2])
         shortcuts["brightness"].append(pixels.mean(axis=(0, 1)))
@@ -73,7 +80,10 @@ Rows = tuple[np.ndarray, np.ndarray]  # values [n, number of values] and labels 
 
 def correct(model: ClassifierMixin, fitted: Rows, held: Rows) -> np.ndarray:
     """Train a classifier on rows and return whether it is right on each of others, as 0 or 1."""
-    return (model.fit(*fitted).predict(held[0]) == held[1]).astype(float)
+    with warnings.catch_warnings():  # whether the last digit of the loss still moves does not matter here
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(*fitted)
+    return (model.predict(held[0]) == held[1]).astype(float)
 
 
 def percent(shares: np.ndarray) -> str:
@@ -140,7 +150,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     others = [row for row in rows if not row["file"].startswith("train/")]
     if len(of_train) < 100 or not others:
         raise InputError(f"{args.data} needs 100 images in train and some in val or test")
-    train, held = read_images(args.data, of_train[: args.train]), read_images(args.data, others)
+    mode = mode_of(args.data / of_train[0]["file"])
+    train, held = (read_images(args.data, some, mode) for some in (of_train[: args.train], others))
     note = f"{len(train.labels)} images to learn from, {len(held.labels)} to measure; ± standard error."
     text = f"{study_shortcuts(train, held)}\n\n{study_detail(train, held)}\n\n{note}"
     print(text)

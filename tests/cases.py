@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 ROOT = Path(__file__).parents[1]
 VECTORS = Path(__file__).parent / "vectors"
@@ -198,3 +200,94 @@ class HostWaits(TorchDispatchMode):
     @property
     def total(self) -> int:
         return self.counts.total()
+
+
+class FakeCuda(FakeTensorMode):
+    """Takes the place of a GPU: tensors on "cuda" have shape, type and device, and no values.
+
+    What lies on the CPU is real. An operator on both raises, single numbers and copies apart. Copies to the
+    CPU arrive as 0, 1, 0, 1 ...; half of a tensor is not zero; every `tolist` gives unequal numbers that are
+    lower than those before. Each of these is a wait of the host for the device, and counted, unless it is a
+    copy that does not block.
+
+    Attributes:
+        waits: what the host waited for, by name.
+    """
+
+    COPIES = ("aten::_to_copy", "aten::copy_")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        super().__init__()
+        self.waits, self.lists = Counter(), 0
+        mode = self
+
+        class Event:
+            def __init__(self, **flags: bool):
+                pass
+
+            def record(self, stream: object = None) -> None:
+                pass
+
+            def synchronize(self) -> None:
+                mode.waits["event"] += 1
+
+        def tolist(tensor: FakeTensor) -> list[int]:
+            mode.waits["tolist"] += 1
+            mode.lists += 1
+            return [max(0, 195 - 2 * mode.lists - 60 * i) for i in range(len(tensor))]
+
+        def backward(loss: Tensor) -> None:
+            assert loss.is_cuda and not loss.shape and loss.requires_grad
+
+        for target, name, value in (
+            (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+            (torch.cuda, "is_bf16_supported", lambda: True),
+            (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+            (torch.cuda, "Event", Event),
+            (Tensor, "pin_memory", lambda tensor: tensor),
+            (FakeTensor, "tolist", tolist),
+            (Tensor, "backward", backward),  # the engine of autograd asks for the device's context
+        ):
+            monkeypatch.setattr(target, name, value)
+
+    def move(self, model: nn.Module, memory_format: torch.memory_format) -> None:
+        """Move parameters and buffers, as `Module.to` does."""
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, value in table.items():
+                    if value is not None and not value.is_cuda:
+                        form = memory_format if value.ndim == 4 else torch.contiguous_format
+                        moved = torch.empty(value.shape, dtype=value.dtype, device="cuda", memory_format=form)
+                        is_parameter = isinstance(value, nn.Parameter)
+                        table[name] = nn.Parameter(moved, value.requires_grad) if is_parameter else moved
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        on_cuda = [tensor for tensor in tensors if tensor.is_cuda]
+        to = torch.device(kwargs.get("device") or "cpu")
+        if to.type != "cuda" and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
+            return func(*args, **kwargs)
+        name = func.name().split(".")[0]
+        if name not in self.COPIES and any(t.ndim and not t.is_cuda for t in tensors) and on_cuda:
+            raise AssertionError(f"{name} is called with tensors on the CPU and on CUDA")
+        first = args[0] if args else None
+        if name == "aten::_local_scalar_dense":
+            self.waits["item"] += 1
+            return {torch.bool: False}.get(first.dtype, 1.0 if first.is_floating_point() else 1)
+        if name == "aten::nonzero":
+            self.waits["nonzero"] += 1
+            with self:
+                return torch.empty((first.numel() + 1) // 2, first.ndim, dtype=torch.int64, device="cuda")
+        moves_to = kwargs.get("device") if name == "aten::_to_copy" else None
+        if moves_to is not None and not kwargs.get("non_blocking") and (to.type == "cpu" or not on_cuda):
+            self.waits[f"to_{to.type}"] += 1
+        if moves_to is not None and to.type == "cpu":
+            dtype = kwargs.get("dtype") or first.dtype
+            return torch.arange(first.numel()).remainder(2).to(dtype).view(first.shape)
+        if not all(isinstance(tensor, FakeTensor) for tensor in tensors):
+            args, kwargs = tree_map_only(Tensor, self.as_fake, (args, kwargs))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def as_fake(self, tensor: Tensor) -> Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else self.from_tensor(tensor)

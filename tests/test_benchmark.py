@@ -16,7 +16,7 @@ from timm.models import register_model
 from torch import Tensor
 
 from benchmarks import timing
-from benchmarks.table import COLUMNS, Bench, ModelSpec, Options, TimedModel, operating_points
+from benchmarks.table import COLUMNS, FITTED, Bench, ModelSpec, Options, Point, TimedModel, operating_points
 from benchmarks.timing import (
     Workload,
     exit_workload,
@@ -173,10 +173,13 @@ def test_models_whose_images_differ_in_cost_are_timed_at_shares_of_it() -> None:
     points = operating_points(1, cost_varies=timed.cost_varies)
     assert [point.name for point in points] == [f"{share} % of its GFLOPs" for share in (100, 78, 65)]
     for point, share in zip(points, (1, 0.78, 0.65), strict=True):
-        workload = bench.workload(timed, 8, point)
-        assert timed.mean_gflops(workload, bench.precision) == pytest.approx(
-            share * timed.gflops[0], rel=0.005
-        )
+        workload, wanted = bench.workload(timed, 8, point), share * timed.gflops[0]
+        images = workload.batches.images
+        (cost,) = timed.stage_costs(images[:FITTED])
+        assert cost.mean().item() == pytest.approx(wanted, rel=0.005)
+    # Of four batches, put together anew in every pass; the other images are as costly.
+    assert len(images) == 32 and len(workload.batches) == 4
+    assert timed.mean_gflops(workload, bench.precision) == pytest.approx(wanted, rel=0.02)
     assert not bench.baseline.cost_varies
 
 
@@ -682,3 +685,13 @@ def test_a_target_out_of_range_names_the_range(text: str, command: Command) -> N
     low, high = TimedModel(ModelSpec.of(text), None, CPU).reachable()
     with pytest.raises(InputError, match=f"costs {low:.3f} to {high:.3f}" if high > low else "always"):
         TimedModel(ModelSpec.of(text), None, CPU).aim(0.1)
+
+
+def test_a_knob_is_fitted_in_the_precision_that_is_timed() -> None:
+    """The tokens that halt depend on the precision, and with them what an image costs."""
+    bench = Bench(ModelSpec.of(f"avit_deit_nano:{SMALL}"), Precision(CPU, torch.bfloat16), Options())
+    types: list[torch.dtype] = []
+    hook = bench.baseline.model.blocks[0].mlp.register_forward_hook(lambda *call: types.append(call[2].dtype))
+    bench.workload(bench.baseline, 2, Point("", [1.0], 0.8))
+    hook.remove()
+    assert set(types) == {torch.bfloat16}

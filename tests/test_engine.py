@@ -1,15 +1,19 @@
 """Early exit on a model with scripted exits, and statistics against loops."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from engine import Precision, cascade, early_exit, predict
 from inference.streaming import ExitStream
 from loading.loaders import Shard
 from models import Adaptive, StageOutput
+from models.cost import stage_gflops
 from models.exits import (
     Predictions,
     budget_threshold,
@@ -19,6 +23,8 @@ from models.exits import (
     uniform_thresholds,
 )
 from models.registry import registered
+from models.weights import cast_weights
+from utils import InputError
 
 
 class Scripted(Adaptive):
@@ -174,3 +180,60 @@ def test_an_empty_batch_has_empty_outputs_like_any_other(name: str) -> None:
     stream = ExitStream(model, Precision(torch.device("cpu")), [0.5] * (model.num_exits - 1), 2, pad=True)
     assert [len(taken) for _, taken in stream([images[:0], images, images[:0]])] == [0, 1, 0]
     assert all(len(output.logits) == 0 for output in model.train()(images[:0]))
+
+
+class CastParameters(TorchDispatchMode):
+    """Names the types of the weights, of more than one dimension, that are cast while it is entered."""
+
+    def __init__(self, model: Adaptive):
+        super().__init__()
+        self.own = {value.data_ptr() for value in model.parameters() if value.dim() > 1}
+        self.types: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.own:
+            self.types.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+CPU_BF16 = Precision.inference(torch.device("cpu"), None, "bf16")
+
+
+@pytest.mark.parametrize("name", [*(name for name in registered if name.endswith("nano")), "dvt_t2t_vit_12"])
+def test_weights_cast_once_give_what_autocast_gives(name: str) -> None:
+    """To the last bit, so the exits are the same."""
+    torch.manual_seed(0)
+    model = small(name)
+    images = torch.rand(3, 3, model.img_size, model.img_size)
+    thresholds = [1 / 10 + 0.02] * (model.num_exits - 1)
+    results, casts = [], []
+    for _ in range(2):
+        with CPU_BF16.autocast(), torch.no_grad():
+            with CastParameters(model) as cast:
+                outputs = model(images)
+            results.append([*(out.logits for out in outputs), *early_exit(model, images, thresholds)])
+        casts.append(cast.types)
+        cast_weights(model, CPU_BF16.weights)
+    assert all(map(torch.equal, *results))
+    assert casts[0].count(torch.float32) > 4 and casts[1] == []
+    norms = {part.weight.dtype for part in model.modules() if isinstance(part, torch.nn.LayerNorm)}
+    alone = {
+        value.dtype
+        for part in model.modules()
+        if hasattr(part, "float32_only")
+        for value in part.parameters()
+    }
+    assert norms == {torch.float32} and alone == ({torch.float32} if name == "dvt_t2t_vit_12" else set())
+
+
+def test_weights_of_one_type_are_not_computed_with_in_another() -> None:
+    cpu, model = torch.device("cpu"), small("lf_deit_nano")
+    gflops = stage_gflops(model)
+    cast_weights(model, torch.bfloat16)
+    assert stage_gflops(model) == gflops  # counted in float32
+    assert (CPU_BF16.dtype, CPU_BF16.weights) == (torch.bfloat16, torch.bfloat16)
+    assert Precision.inference(cpu, "bf16", "bf16") == CPU_BF16
+    assert all(Precision.inference(cpu, amp, "fp32") == Precision(cpu) for amp in (None, "none"))
+    for amp, weights in (("fp16", "bf16"), ("none", "bf16"), ("bf16", "fp16")):
+        with pytest.raises(InputError, match=f"--weights {weights} computes in {weights}: not with --amp"):
+            Precision.inference(cpu, amp, weights)

@@ -121,6 +121,30 @@ def test_results_of_the_average_are_never_those_of_the_weights(
     assert "results of weights model_ema" in ended.err and "are replaced" in ended.err
 
 
+def test_results_say_which_types_they_were_computed_in(
+    command: Command, folder: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    line = ["--checkpoint_path", checkpoint, "--data_url", folder, "--device", "cpu", "--num_workers", 0]
+    line += ["--eval-mode", 2, "--threshold", 0.5, "--repeats", 1, "--warmup", 0]
+    ended = command("dynamic_inference", *line, "--weights", "bf16", "--amp", "fp16")
+    assert ended.code == 2 and "--weights bf16 computes in bf16: not with --amp fp16" in ended.err
+    stored = []
+    try:
+        for number, flags in enumerate(
+            ("--amp bf16", "--weights bf16 --matmul-precision high --baseline deit_nano")
+        ):
+            path = tmp_path / f"{number}.json"
+            assert command("dynamic_inference", *line, *flags.split(), "--results", path).code == 0
+            stored.append(load_json(path))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    plain, cast = stored
+    types = {"weights_dtype": "bfloat16", "matmul_precision": "high"}
+    assert cast["results_of"] == plain["results_of"] | types and cast["flops"] == plain["flops"]
+    same = ("exit_shares", "accuracy", "mean_gflops")
+    assert [cast["timed"][name] for name in same] == [plain["timed"][name] for name in same]
+
+
 def test_stored_results_of_other_weights_are_told(command: Command, folder: Path, checkpoint: Path) -> None:
     command("dynamic_inference", *arguments(checkpoint, folder, 0))
     saved = load_checkpoint(checkpoint)

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import ROOT, Command
+from cases import ROOT, Command, HostWaits
 from PIL import Image
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import loading
@@ -30,7 +31,7 @@ from benchmarks.loading import (
 )
 from datasets import DATA_CONFIG, Files, eval_transform, train_transform
 from loading.images import load_image
-from loading.loaders import AS_BYTES, DeviceLoader, EvalLoader, Shard
+from loading.loaders import AS_BYTES, DeviceLoader, EvalLoader, Shard, prefetched
 
 sys.path.insert(0, str(ROOT / "scripts"))
 CPU = torch.device("cpu")
@@ -247,3 +248,25 @@ def test_predictions_do_not_depend_on_who_normalises(
             results = ["--results", tmp_path / "results.json"]
             printed.append(command("dynamic_inference", *flags, *mode, *results, *extra).out)
         assert printed[0] == printed[1] and printed[0].count("\n") > 3
+
+
+@pytest.mark.parametrize("config", [None, DATA_CONFIG], ids=["floats", "bytes"])
+def test_batches_are_moved_without_a_wait(config: dict | None) -> None:
+    """Floats come out bit for bit, and a loader without batches has none."""
+    images = torch.randint(0, 255, (5, 3, 8, 8), dtype=torch.uint8) if config else torch.randn(5, 3, 8, 8)
+    batches = [(images[:3], torch.arange(3)), (images[3:], torch.arange(2))]
+    with HostWaits() as waits:
+        loader = DeviceLoader(batches, CPU, config)
+        moved = list(loader)
+    assert +waits.counts == {} and [target.tolist() for _, target in moved] == [[0, 1, 2], [0, 1]]
+    expected = images
+    if config:
+        mean, std = (
+            torch.tensor([255 * value for value in config[name]])[:, None, None] for name in ("mean", "std")
+        )
+        expected = (images - mean) / std
+    assert torch.equal(torch.cat([batch for batch, _ in moved]), expected)
+    assert list(DeviceLoader([], CPU, config)) == []
+    assert prefetched(batches, CPU) is batches
+    with FakeTensorMode():
+        assert isinstance(prefetched(batches, torch.device("cuda")), DeviceLoader)

@@ -298,6 +298,23 @@ def test_study_tells_a_shortcut_and_detail(
     assert "300 images to learn from, 100 to measure" in text
 
 
+def test_study_reads_a_set_with_colour_in_one_mode(tmp_path: Path) -> None:
+    """An image whose channels have the same range is no grey one."""
+    pixels = np.random.default_rng(0).integers(256, size=(56, 56, 3), dtype=np.uint8)
+    pixels[0, :2] = [[0], [255]]
+    rows = []
+    for name, colours in (
+        ("one.png", pixels),
+        ("two.png", pixels // [[[1, 2, 3]]]),
+        ("grey.png", pixels[..., :1]),
+    ):
+        Image.fromarray(np.uint8(np.broadcast_to(colours, pixels.shape))).save(tmp_path / name)
+        rows.append({"file": name, "label": "0", "left": "0", "top": "0", "right": "16", "bottom": "16"})
+    assert [study_set.mode_of(tmp_path / row["file"]) for row in rows] == ["RGB", "RGB", "L"]
+    images = study_set.read_images(tmp_path, rows, "RGB")
+    assert images.objects[2].shape == (3, 28 * 28 * 3) and images.shortcuts["brightness"].shape == (3, 3)
+
+
 def test_study_refuses_what_it_cannot_study(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="make_garments.py"):
         study_set.main([str(tmp_path)])

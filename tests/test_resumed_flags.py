@@ -70,6 +70,7 @@ EFFECT: dict[str, tuple[str, str]] = {
     "eval_ema": ("--eval-ema", ""),
     "eval_metric": ("--eval-metric top5_c", ""),
     "amp": ("--amp bf16", ""),
+    "matmul_precision": ("--matmul-precision high", ""),
     "compile": ("--compile", ""),
     "channels_last": ("--channels-last", ""),
     "print_freq": ("--print-freq 3", ""),
@@ -146,12 +147,15 @@ def resume(
 
     yield resume
     torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.set_float32_matmul_precision("highest")
 
 
 def account(built: dict[str, Any]) -> str:
     """All that was built, as text; the recorded command line apart."""
     built["run"].settings.constant["args"] = None
-    return str([describe(built, {}), torch.are_deterministic_algorithms_enabled()])
+    everywhere = [torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()]
+    return str([describe(built, {}), *everywhere])
 
 
 @pytest.fixture(scope="module")
