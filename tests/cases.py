@@ -97,6 +97,20 @@ def published_shapes(name: str) -> dict[str, list[int]]:
     return {key: entry["shape"] if isinstance(entry, dict) else entry for key, entry in entries}
 
 
+def unset(name: str, **kwargs: Any) -> torch.nn.Module:
+    """A model whose weights are all zeros: to draw those of a full size takes longer than to count its cost."""
+    import timm
+
+    import models  # noqa: F401  (registers the models)
+
+    with torch.device("meta"):
+        model = timm.create_model(name, **kwargs)
+    model.to_empty(device="cpu")
+    for value in (*model.parameters(), *model.buffers()):
+        value.data.zero_()
+    return model
+
+
 def run(*argv: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs this Python on the given arguments from the repository's root."""
     return subprocess.run(

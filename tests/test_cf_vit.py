@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from cases import build_case, check_outputs, published_shapes
+from cases import build_case, check_outputs, published_shapes, unset
 from timm.loss import SoftTargetCrossEntropy
 
 import models.lv_vit
@@ -88,7 +88,7 @@ def test_gflops_are_the_published_less_what_selecting_first_saves(
     Ours adds norms, the small image and the class attention's row (under 1 %). It leaves out features reused
     in vain and, for DeiT, patches embedded in vain: the stem of LV-ViT has to see the whole image.
     """
-    model = timm.create_model(name, coarse_stage_size=size)
+    model = unset(name, coarse_stage_size=size)
     n0, d, k = size * size, model.embed_dim, model.refined
     ratio = model.blocks[0].mlp.fc1.out_features / d
     saved = 2 * ratio * (n0 - k) * d * d

@@ -6,7 +6,7 @@ import re
 import pytest
 import timm
 import torch
-from cases import ROOT
+from cases import ROOT, unset
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,7 +15,6 @@ import models  # noqa: F401  (registers the models)
 import utils
 from models import flags
 from models.cost import exit_gflops, stage_gflops
-from models.weights import create_model
 
 LF = [
     dict(),
@@ -48,14 +47,14 @@ def closed_form(model, norms: bool) -> list[float]:
 
 @pytest.mark.parametrize("kwargs", LF)
 def test_stage_gflops_equal_the_closed_form(kwargs: dict) -> None:
-    model = timm.create_model("lf_deit_small", **kwargs)
+    model = unset("lf_deit_small", **kwargs)
     assert stage_gflops(model) == pytest.approx([macs / 1e9 for macs in closed_form(model, True)], rel=1e-9)
 
 
 @pytest.mark.parametrize("kwargs", LF[:3])
 def test_matrix_products_equal_pytorchs_counter(kwargs: dict) -> None:
     """FlopCounterMode sees linear layers, convolutions, products and attention, at two per multiply-add."""
-    model = timm.create_model("lf_deit_small", **kwargs).eval()
+    model = unset("lf_deit_small", **kwargs).eval()
     image, info = torch.zeros(1, 3, model.img_size, model.img_size), {}
     for k, expected in enumerate(closed_form(model, False)):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -80,7 +79,7 @@ def test_selecting_first_saves_what_the_original_embeds_and_reuses_in_vain(
 
     It forms whole attention maps, so the class attention costs it nothing, and gets the small image for free.
     """
-    model = timm.create_model("lf_deit_small", **kwargs)
+    model = unset("lf_deit_small", **kwargs)
     g, d, k = model.stage_size, model.embed_dim, model.refined
     n1 = 1 + 4 * k + g * g - k
     extra = 4 * 3 * (g * 16) ** 2 + 9 * (g * g + 1) * d
@@ -160,6 +159,6 @@ def test_figures_of_the_pages_are_what_the_code_counts(text: str, figures: str) 
     parser = utils.Parser()
     flags.add_model_flags(parser)
     args = parser.parse_args(["--model", *text.split()])
-    model = create_model(args.model, flags.constructor_kwargs(vars(args)))
+    model = unset(args.model, **flags.constructor_kwargs(vars(args)))
     counted = " / ".join(f"{gflops:.3f}" for gflops in exit_gflops(model))
     assert figures.removesuffix(" (full depth)") == counted

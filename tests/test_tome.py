@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from cases import unset
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -124,7 +125,7 @@ def test_training_reaches_every_weight() -> None:
 
 @pytest.mark.parametrize("r, falling", [(0, False), (13, False), (8, True)])
 def test_gflops_are_those_of_the_closed_form(r: int, falling: bool) -> None:
-    model, dim, n = timm.create_model("tome_deit_small", r=r, falling=falling), 384, 197
+    model, dim, n = unset("tome_deit_small", r=r, falling=falling), 384, 197
     total = 196 * 768 * dim + dim * 1000
     for i in range(12):
         merged = 2 * r * (11 - i) // 11 if falling else r

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from cases import Command
+from cases import Command, unset
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models.vision_transformer import VisionTransformer
 
@@ -117,11 +117,11 @@ FITTING += ["vit_small_patch16_384", "deit3_small_patch16_224"]
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lf_deit_small", "evit_deit_small_distilled", "dvt_deit_small"])
 def test_real_models_of_timm_start_ours_or_are_refused(name: str) -> None:
-    model = create_model(name, {})
+    model = unset(name)
     for source in FITTING:
-        initialise_from(model, timm.create_model(source).state_dict(), source)
+        initialise_from(model, unset(source).state_dict(), source)
     for source in STRANGE:
-        state = timm.create_model(source).state_dict()
+        state = unset(source).state_dict()
         try:
             initialise_from(model, state, source)
         except utils.InputError as error:
