@@ -98,7 +98,7 @@ def published_shapes(name: str) -> dict[str, list[int]]:
 
 
 def unset(name: str, **kwargs: Any) -> torch.nn.Module:
-    """A model with weights of zero: to draw those of a full size takes longer than to count its cost."""
+    """A model whose weights are all zeros: to draw those of a full size takes longer than to count."""
     import timm
 
     import models  # noqa: F401  (registers the models)
@@ -140,6 +140,7 @@ def close_logs() -> None:
     for handler in utils.log.handlers[:]:
         utils.log.removeHandler(handler)
         handler.close()
+    utils.log.filters.clear()
     utils.log.propagate = True
 
 
