@@ -309,13 +309,22 @@ def start_logging(context: Context, file: Path | None = None) -> None:
 
 
 def log_device(context: Context, given: str | None) -> None:
-    """Log on what a command runs, and why that is not CUDA where no device was `given`."""
+    """Log on what a command runs, and why that is not CUDA where no device was `given`.
+
+    The line is written before the next one, so that bad input that ends the command stays a single line.
+    """
     text = f"{context.device.type}, {device_name(context.device)}"
     if dist.is_initialized():
         text += f", in a group of {context.world_size} ({dist.get_backend()})"
     if context.device.type == "cpu" and not given:
         text += f"; no CUDA: {why_no_cuda() or 'no device is visible'}"
-    log.info("device: %s", text)
+
+    def write_first(record: logging.LogRecord) -> bool:
+        log.removeFilter(write_first)
+        log.info("device: %s", text)
+        return True
+
+    log.addFilter(write_first)
 
 
 @contextmanager

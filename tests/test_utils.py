@@ -604,8 +604,12 @@ def test_a_run_without_cuda_says_why_or_ends(
     with caplog.at_level(logging.INFO, utils.log.name):
         for given in (None, "cpu"):
             utils.log_device(utils.start(given), given)
+            assert len(caplog.messages) in (0, 3)  # bad input would now be one line
+            for _ in range(2):
+                utils.log.info("next")
+            utils.log.filters.clear()
     line = f"device: cpu, {utils.cpu_name()}"
-    assert caplog.messages == [f"{line}; no CUDA: {reason}", line]
+    assert caplog.messages == [f"{line}; no CUDA: {reason}", "next", "next", line, "next", "next"]
 
 
 def test_where_there_is_cuda_it_can_be_required_and_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
