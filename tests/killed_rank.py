@@ -18,6 +18,7 @@ def main() -> None:
     def on_step(run: Run, step: int, *rest: Any) -> None:
         first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
         if first and run.context.rank == 1 and run.epoch * run.steps + step == number:
+            print(f"killed at step {number}", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         original(run, step, *rest)
 

@@ -1,6 +1,7 @@
 """Tests of archives: the same images and labels as in the folder they are made from, each exactly once."""
 
 import gzip
+import importlib
 import io
 import json
 import logging
@@ -749,6 +750,8 @@ def tables():
     """The package, to make sets with."""
     if archives_missing():
         pytest.skip("the Hugging Face package is not installed")
+    for name in ("main_deit", "dynamic_inference", "visualize"):  # these mean this project's module
+        importlib.import_module(name)
     from loading.hugging_face import load_hugging_face, named_datasets
 
     with named_datasets(load_hugging_face()) as package:

@@ -254,7 +254,7 @@ def test_torchrun_restarts_after_a_killed_rank(folder: Path, tmp_path: Path) -> 
     output = ["--output_dir", tmp_path / "run"]
     ended = run(*TORCHRUN, "tests/killed_rank.py", 12, *argv, *output, **ELASTIC)
     assert ended.returncode == 0, ended.stderr
-    assert "exitcode: -9" in ended.stderr
+    assert ended.stderr.count("killed at step 12") == 1
     check_same(tmp_path / "whole", tmp_path / "run")
     saved = load_checkpoint(tmp_path / "run" / "checkpoint.1.pth")
     assert saved["progress"]["step"] and not same(*saved["statistics"])  # or nothing was shown
