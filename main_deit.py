@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from inspect import signature
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -623,12 +624,13 @@ def in_parallel(model: Adaptive, context: utils.Context, compiled: bool) -> nn.M
     if not dist.is_initialized():
         return model
     ids = [context.device.index] if context.device.type == "cuda" else None
+    newer = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
     return DistributedDataParallel(
         model,
         device_ids=ids,
         find_unused_parameters=model.varying_graph,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,  # no copy of the gradients
+        **{"forward_sync_buffers" if newer else "broadcast_buffers": False},
     )
 
 
