@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from cases import ROOT, run
+from cases import ROOT, close_logs, run
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
@@ -587,29 +587,28 @@ TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Pl
 
 
 def test_a_run_without_cuda_says_why_or_ends(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def init() -> None:
         raise RuntimeError(TOO_OLD)
 
     for name, value in dict(init=init, is_available=lambda: False, device_count=lambda: 0).items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(utils.log, "propagate", True)
     reason = TOO_OLD.split(". ")[0]
     with pytest.raises(utils.InputError, match=re.escape(f"no CUDA device is visible ({reason}); use")):
         utils.start("cuda")
     for device in (None, "cpu", "cuda"):
         with pytest.raises(utils.InputError, match=re.escape(f"--require-cuda: {reason}")):
             utils.start(device, require_cuda=True)
-    with caplog.at_level(logging.INFO, utils.log.name):
-        for given in (None, "cpu"):
-            utils.log_device(utils.start(given), given)
-            assert len(caplog.messages) in (0, 3)  # bad input would now be one line
-            for _ in range(2):
-                utils.log.info("next")
-            utils.log.filters.clear()
-    line = f"device: cpu, {utils.cpu_name()}"
-    assert caplog.messages == [f"{line}; no CUDA: {reason}", "next", "next", line, "next", "next"]
+    for given, ending in ((None, f"; no CUDA: {reason}"), ("cpu", "")):
+        utils.start_logging(context := utils.start(given))
+        utils.log_device(context, given)
+        assert not capsys.readouterr().err  # bad input would now be one line
+        for _ in range(2):
+            utils.log.info("next")
+        lines = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()]
+        assert lines == [f"device: cpu, {utils.cpu_name()}{ending}", "next", "next"]
+        close_logs()
 
 
 def test_where_there_is_cuda_it_can_be_required_and_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
