@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # LF-ViT from nothing: environment, data, training, early exit, pictures, a closing table.
-# No data and no GPU needed; about 8 minutes on 2 CPU cores after the installation.
+# No data and no GPU needed; 8 to 14 minutes on 2 CPU cores after the installation.
 #
 #   bash scripts/quickstart.sh [OUTPUT]      default: output/quickstart
 set -euo pipefail
