@@ -1,5 +1,6 @@
 """What several tests need: reference cases, and the commands as a shell or this process runs them."""
 
+import csv
 import importlib
 import json
 import os
@@ -88,6 +89,17 @@ def check_outputs(stem: str) -> None:
     logits, exits = early_exit(model, image, [meta["threshold"]])
     torch.testing.assert_close(logits, expected["output.early_exit"], atol=1e-4, rtol=0)
     assert exits.tolist() == expected["output.no_exit"].tolist()
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Reads every file below `root`."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def read_boxes(root: Path) -> list[dict[str, str]]:
+    """Reads the rows of boxes.csv."""
+    with open(root / "boxes.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def published_shapes(name: str) -> dict[str, list[int]]:

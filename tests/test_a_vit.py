@@ -270,7 +270,7 @@ def test_packed_equals_masked_on_cuda(dtype: torch.dtype) -> None:
     qkv, bounds = torch.randn(3, sum(lengths), 2, 32, device="cuda", dtype=dtype), bounds_of(lengths)
     expected = attend_packed(*qkv.float().cpu(), bounds, lengths, 70)
     for longest in (70, 197):
-        found = attend_packed(*qkv, bounds.cuda(), lengths, longest)
+        found = attend_packed(*qkv, bounds.to("cuda"), lengths, longest)
         assert_close(found.float().cpu(), expected, atol=rounding, rtol=0)
     model, images = (x.to("cuda", dtype) for x in (spread(embed_dim=48), pictures(5)))
     found, expected = model(images)[0], masked(model, images)

@@ -81,7 +81,7 @@ def predict_all(cuda: FakeCuda, model: Adaptive, precision: Precision, blocks: i
 def test_one_image_alone_waits_for_its_exit_alone(cuda: FakeCuda) -> None:
     model = timm.create_model("lf_deit_nano").eval()
     cuda.move(model, torch.contiguous_format)
-    results = ExitStream(model, Precision(torch.device("cuda")), [0.5], 1)([images_of(model, 1).cuda()])
+    results = ExitStream(model, Precision(torch.device("cuda")), [0.5], 1)([images_of(model, 1).to("cuda")])
     cuda.waits.clear()
     ((logits, exits),) = results
     assert logits.is_cuda and exits.is_cuda and cuda.waits == {"item": 1}
@@ -139,7 +139,7 @@ def test_packed_attention_is_flash_whose_plans_do_not_follow_the_data(
     cuda.move(model, torch.contiguous_format)
     with torch.autocast("cuda", torch.bfloat16), torch.inference_mode():
         for _ in range(2):
-            model(images_of(model, 4).cuda())
+            model(images_of(model, 4).to("cuda"))
     assert len({rows for rows, _ in seen}) > 5 and {shapes for _, shapes in seen} == {((5,), 197, 197)}
     assert set(dense) == {(4, 4, 197, 16)}  # the first block, of all tokens
     # Without flash all sequences are padded to the same length.
@@ -147,7 +147,7 @@ def test_packed_attention_is_flash_whose_plans_do_not_follow_the_data(
     dense.clear()
     with torch.inference_mode():
         for _ in range(2):
-            model(images_of(model, 4).cuda())
+            model(images_of(model, 4).to("cuda"))
     assert not seen and set(dense) == {(4, 4, 197, 16)} and len(dense) == 8
 
 

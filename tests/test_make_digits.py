@@ -1,6 +1,5 @@
 """Tests of scripts/make_digits.py: what the data set promises, and how the command fails."""
 
-import csv
 import errno
 import sys
 from collections import Counter
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import contents, read_boxes
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -25,17 +25,6 @@ def run(output: Path, *arguments: str, **counts: int) -> int:
         return make_digits.main([f"--output={output}", *options, *arguments])
     except SystemExit as end:
         return end.code
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    """Reads every file below `root`."""
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-
-
-def read_boxes(root: Path) -> list[dict[str, str]]:
-    """Reads the rows of boxes.csv."""
-    with open(root / "boxes.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")

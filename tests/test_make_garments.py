@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torchvision
+from cases import contents, read_boxes
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -33,17 +34,6 @@ def run(output: Path, *arguments: str, **counts: int) -> int:
         return make_garments.main([f"--output={output}", "--workers=1", *options, *arguments])
     except SystemExit as end:
         return end.code
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    """Reads every file below `root`."""
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-
-
-def read_boxes(root: Path) -> list[dict[str, str]]:
-    """Reads the rows of boxes.csv."""
-    with open(root / "boxes.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
